@@ -1,0 +1,788 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["requests"]
+# ///
+"""Ask inference.net's Asynchronous API questions, one request each, and poll for the answers.
+
+A new run submits every question, then polls each generation until it is final. With --resume
+nothing is submitted: what an earlier run left unfinished is polled, and its file added to.
+
+environment:
+  INFERENCE_API_KEY    your key; needed
+  INFERENCE_BASE_URL   where the API is; https://api.inference.net/v1 unless set
+
+exit codes: 0 every request succeeded; 1 some failed, are unfinished, were not sent, or may or
+may not have been accepted; 2 a mistake in configuration or usage, and nothing was sent;
+130 interrupted
+"""
+
+import argparse
+import codecs
+import heapq
+import io
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import shlex
+import signal
+import ssl
+import sys
+import textwrap
+import threading
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from requests import PreparedRequest, Response, Session
+from requests.exceptions import InvalidSchema, InvalidURL
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+Json = dict[str, Any]
+
+# --- Configuration: what you edit ---
+
+NUM_REQUESTS = 10  # how many to submit; the questions are repeated where there are fewer
+MODEL_ID = "inference-net/load-test"  # the model that answers
+POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it for a long wait
+MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; what is unfinished then can be resumed
+MAX_CONCURRENT_POLLS = 5  # threads, for submissions as well as polls; each keeps one connection
+REQUEST_TIMEOUT_SECONDS = 30  # to connect, and again for each wait for data
+RESULTS_DIR = "results"  # the folder for the results files; made where it is missing
+
+SAMPLE_QUESTIONS = [
+    "What is the capital of France?",
+    "What is 2 + 2?",
+    "Name one planet in our solar system.",
+    "What color is the sky on a clear day?",
+    "How many legs does a spider have?",
+    "What is the chemical symbol for water?",
+    "Which ocean is the largest?",
+    "How many days are in a leap year?",
+    "What do bees make?",
+    "What is the opposite of hot?",
+    "Which language is spoken in Brazil?",
+    "How many sides does a hexagon have?",
+    "At how many degrees Celsius does water freeze?",
+    "Who wrote Romeo and Juliet?",
+    "Which metal is liquid at room temperature?",
+]
+
+
+def build_request(custom_id: str, question: str) -> Json:
+    """Return the chat completion request for a question; the API echoes its metadata (strings)."""
+    return {
+        "model": MODEL_ID,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 100,
+        "metadata": {"custom_id": custom_id},
+    }
+
+
+# --- The API: every exchange brings an answer, or ends in an ApiError ---
+
+REFUSED = "refused"  # this request will not do
+LOCKED_OUT = "locked out"  # no exchange of this kind will do
+UNAVAILABLE = "unavailable"  # no answer, and surely not carried out
+UNCERTAIN = "uncertain"  # no answer, and perhaps carried out: a submission may be paid for
+MAX_RETRY_AFTER_SECONDS = 120  # the longest wait that a server is granted
+
+
+class ApiError(Exception):
+    """An exchange without an answer: how it ended, and why, in a text free of the key."""
+
+    def __init__(self, ending: str, reason: str, retry_after_seconds: float = 0) -> None:
+        super().__init__(hide_key(reason))
+        self.ending, self.retry_after_seconds = ending, retry_after_seconds
+
+
+def api_key() -> str:
+    """Return the key from INFERENCE_API_KEY, or raise a ValueError that does not show it."""
+    key = os.environ.get("INFERENCE_API_KEY", "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError("INFERENCE_API_KEY must be set to your key, which is printable ASCII")
+    return key
+
+
+def base_url() -> str:
+    """Return the API's URL from INFERENCE_BASE_URL, or raise ValueError if no key may go there."""
+    url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip()
+    secure, loopback = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127[.\d]+|\[::1\])"
+    match = re.fullmatch(rf"({secure}|{loopback})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I)
+    if not match or int(match["port"] or 443) > 65535:
+        what = "an https URL, or an http one on the loopback interface"  # http would show the key
+        raise ValueError(f"INFERENCE_BASE_URL must be {what}, not {url!r}")
+    return url.rstrip("/")
+
+
+def hide_key(text: str) -> str:
+    """Return text without the key, which a server may echo."""
+    return text.replace(api_key(), "[API key]")
+
+
+def exchange(session: Session, path: str, timeout_seconds: float, body: Json | None = None) -> Json:
+    """GET path, or POST body to it; return the JSON object that answers, or raise ApiError."""
+    # A file object is read once the connection stands and not before, so that its position
+    # tells whether anything of the request's body can have reached the server.
+    payload = io.BytesIO(json.dumps(body).encode()) if body else None
+
+    def authorize(request: PreparedRequest) -> PreparedRequest:  # .netrc overrides a plain header
+        request.headers["Authorization"] = f"Bearer {api_key()}"
+        return request
+
+    try:
+        response = session.request(
+            "POST" if body else "GET",
+            base_url() + path,
+            data=payload,
+            headers={"Content-Type": "application/json"} if body else None,
+            auth=authorize,
+            timeout=timeout_seconds,
+            allow_redirects=False,
+        )
+    except Exception as error:  # not all that comes out of a broken exchange is requests' own
+        raise broken(error, has_left=bool(payload and payload.tell())) from error
+    if not 200 <= response.status_code < 300:
+        raise rejected(response, is_submission=bool(body))
+    try:
+        answer = json.loads(response.content)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise ApiError(UNCERTAIN, f"HTTP {response.status_code}: the answer is no JSON object")
+    return answer
+
+
+def broken(error: Exception, has_left: bool) -> ApiError:
+    """Return the ApiError for an exchange that broke; has_left: after its body began to leave."""
+    cause: BaseException = error
+    while deeper := cause.__cause__ or cause.__context__:
+        cause = deeper
+    # What no retry mends: a proxy's URL, a CA bundle that is not there (a bare OSError), and
+    # a certificate that can't be trusted, as against other trouble with TLS.
+    is_setting = isinstance(error, (InvalidURL, InvalidSchema)) or type(error) is OSError
+    if is_setting or isinstance(cause, ssl.SSLCertVerificationError):
+        ending = LOCKED_OUT
+    else:
+        ending = UNCERTAIN if has_left else UNAVAILABLE
+    return ApiError(ending, f"{type(error).__name__}: {cause}")
+
+
+def rejected(response: Response, is_submission: bool) -> ApiError:
+    """Return the ApiError for an answer whose status is not 2xx."""
+    status = response.status_code
+    try:
+        message = str(json.loads(response.content)["error"]["message"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        message = re.sub("<[^>]*>", " ", response.content[:2000].decode(errors="replace"))
+    reason = f"HTTP {status}: {' '.join(message.split()) or response.reason}"
+    try:
+        wait_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
+    except (LookupError, ValueError, OverflowError, InvalidHeader):
+        wait_seconds = None
+    never_done = status == 429 or (status == 503 and wait_seconds is not None)
+    is_too_long = never_done and (wait_seconds or 0) > MAX_RETRY_AFTER_SECONDS
+    if status in (401, 403) or (is_submission and (status == 402 or is_too_long)):
+        ending = LOCKED_OUT
+    elif never_done:
+        ending = UNAVAILABLE
+    else:
+        ending = REFUSED if 300 <= status < 500 else UNCERTAIN
+    return ApiError(ending, reason, wait_seconds or 0)
+
+
+def usable_id(value: object) -> str | None:
+    """Return value if it is an id; anything else might change the URL that it is put in."""
+    return value if isinstance(value, str) and re.fullmatch("[A-Za-z0-9_-]+", value) else None
+
+
+def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
+    """Submit a chat completion request; return its generation id, or raise ApiError.
+
+    POST /v1/async/chat/completions. After an UNCERTAIN end it may have been accepted: sent
+    again, it may be paid for twice.
+    """
+    answer = exchange(session, "/async/chat/completions", timeout_seconds, request)
+    generation_id = usable_id(answer.get("id"))
+    if not generation_id:
+        raise ApiError(UNCERTAIN, "the answer has no usable id")
+    return generation_id
+
+
+def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
+    """Return a generation as it is now, with its state, or raise ApiError.
+
+    GET /v1/generation/{id}. A 404 for a while after the submission is normal.
+    """
+    generation = exchange(session, f"/generation/{generation_id}", timeout_seconds)
+    if not isinstance(generation.get("state"), str):
+        raise ApiError(UNCERTAIN, "the answer has no state")
+    return generation
+
+
+# --- The record of a request, and the results file ---
+
+NOT_SENT, SUBMITTING, UNKNOWN = "Not sent", "Submitting", "Unknown"  # before the API has a word
+QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # its words
+MAX_NUMBER = 2**53  # the end of what every JSON reader agrees on
+
+
+@dataclass
+class Record:
+    """A request and its fate. As JSON, a row of the results file: the last row of an id counts."""
+
+    custom_id: str
+    question: str
+    generation_id: str | None = None
+    state: str = NOT_SENT
+    response: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    duration_ms: int | float | None = None
+    error: str | None = None
+
+
+Batch = list[Record]  # what travels in one exchange; here a single record
+
+
+def batches_of(records: list[Record]) -> list[Batch]:
+    """Divide records into what travels together."""
+    return [[record] for record in records]
+
+
+def polled_id(record: Record) -> str | None:
+    """Return the id by which the API tells about the request, once it has accepted it."""
+    return record.generation_id
+
+
+def outcome_of(record: Record) -> str:
+    """Return which of STATUSES the record has come to."""
+    if record.state in (SUCCESS, FAILED):
+        return "Successful" if record.state == SUCCESS else "Failed"
+    if polled_id(record):
+        return "Unfinished"
+    return "Unknown" if record.state in (SUBMITTING, UNKNOWN) else "Not sent"
+
+
+def is_unfinished(record: Record) -> bool:
+    """Tell whether a generation has been accepted, and is not final."""
+    return outcome_of(record) == "Unfinished"
+
+
+def dig(value: Any, *path: str | int) -> Any:
+    """Follow path into JSON; None where a step is missing or of another type."""
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value
+
+
+def parse_time(text: object) -> datetime | None:
+    """Return an ISO 8601 time, UTC where it names no offset; None if it is not one."""
+    # Python 3.10 reads neither a Z nor any number of decimals but three and six.
+    iso = re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", str(text)).replace("Z", "+00:00")
+    try:
+        parsed = datetime.fromisoformat(iso)
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)
+
+
+def apply(record: Record, generation: Json) -> None:
+    """Copy into record what is known of its generation, any field of which may be odd."""
+    record.state = generation["state"]
+    message = generation.get("stateMessage")
+    reason = message if isinstance(message, str) and message else "no reason given"
+    record.error = hide_key(reason) if record.state == FAILED else None
+    choice = dig(generation, "response", "choices", 0)
+    content = dig(choice, "message", "content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else dig(part, "text") for part in parts]
+    record.response = "".join(text for text in texts if isinstance(text, str)) or None
+    finish_reason = dig(choice, "finish_reason")
+    record.finish_reason = finish_reason if isinstance(finish_reason, str) else None
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        count = dig(generation, "response", "usage", name)
+        setattr(record, name, count if type(count) is int and 0 <= count < MAX_NUMBER else None)
+    dispatched = parse_time(generation.get("dispatchedAt"))
+    finished = parse_time(generation.get("finishedAt"))
+    if dispatched and finished and finished >= dispatched:
+        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+
+
+def save(results: io.FileIO, records: list[Record]) -> None:
+    """Append a row for each of the records, all or none; OSError if they can't be written."""
+    rows = "".join(json.dumps(vars(record)) + "\n" for record in records).encode()
+    size = results.seek(0, os.SEEK_END)
+    try:
+        if results.write(rows) < len(rows):
+            raise OSError(f"no room left for {results.name}")
+    except OSError:
+        results.truncate(size)  # else the next row would be glued to a torn one
+        raise
+
+
+def read_results(path: Path) -> tuple[list[Record], int]:
+    """Return the records in a results file, and how many bytes its whole lines take.
+
+    A last line without its line break was torn by a kill, and is left out. Raises OSError if
+    the file can't be read, ValueError if it is not one of this script's.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    *lines, torn = content.split(b"\n")
+    records: dict[str, Record] = {}
+    types = get_type_hints(Record)
+    try:
+        for row in map(json.loads, lines):
+            record = Record(**row)
+            records[record.custom_id] = record
+            numbers = [value for value in row.values() if isinstance(value, (int, float))]
+            types_fit = all(isinstance(row[name], kind) for name, kind in types.items())
+            numbers_fit = all(0 <= number < MAX_NUMBER for number in numbers)
+            if not types_fit or not numbers_fit or not usable_id(polled_id(record) or "none"):
+                raise ValueError
+    except (ValueError, TypeError, LookupError, RecursionError):
+        records = {}
+    if not any(record.custom_id for record in records.values()):
+        raise ValueError(f"--resume needs a results file of this script, which {path} is not")
+    return list(records.values()), len(content) - len(torn)
+
+
+# --- The screen ---
+
+STATUSES = {  # what each outcome is called in the table; they are counted in this order
+    "Successful": "✓ Success",
+    "Failed": "✗ Failed",
+    "Unknown": "? Unknown",
+    "Unfinished": "… Pending",
+    "Not sent": "- Not sent",
+}
+PLAIN_SYMBOLS = dict(zip("█░✓✗…•→⏳", "#-+x.*>~", strict=True))  # for a stdout that can't show them
+MAX_TABLE_ROWS = 50
+MAX_SILENCE_SECONDS = 60
+
+live_columns = 0  # the width of the live line that stands on the terminal
+said_at = 0.0  # when the last line was shown
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal text takes."""
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
+
+
+def fit(text: str, columns: int, at_word: bool = False) -> str:
+    """Make text from elsewhere fit for the screen: printable, and cut or filled up to columns."""
+    text = "".join(each if each.isprintable() else " " for each in text[:5000].strip())
+    if width(text) > columns:
+        ends = itertools.accumulate(map(width, text))
+        kept = text[: sum(end <= columns - 3 for end in ends)]
+        if at_word and " " in kept and text[len(kept)] != " ":
+            kept = kept.rpartition(" ")[0]
+        text = kept.rstrip() + "..."
+    return text + " " * (columns - width(text))
+
+
+def show_plainly(error: UnicodeError) -> tuple[str, int]:
+    """Replace a character that stdout can't show: the error handler for its encoding."""
+    assert isinstance(error, UnicodeEncodeError)
+    return PLAIN_SYMBOLS.get(error.object[error.start], "?"), error.start + 1
+
+
+def bar(done: int, total: int, columns: int) -> str:
+    """Return a progress bar, which is full only when all is done."""
+    filled = done * columns // total
+    return f"|{'█' * filled}{'░' * (columns - filled)}|"
+
+
+def say(text: str, is_live: bool = False) -> None:
+    """Show text in the place of the live line, or as the live line."""
+    global live_columns, said_at
+    erase = "\r" + " " * live_columns + "\r" if live_columns else ""
+    print(erase + text, end="" if is_live else "\n", flush=True)
+    live_columns = width(text) if is_live else 0
+    said_at = time.monotonic()
+
+
+def show_waiting(records: list[Record], attempt: int, since: float, trouble: str) -> None:
+    """Show what is waited for: in the live line of a terminal, or once a minute elsewhere."""
+    outcomes = Counter(map(outcome_of, records))
+    running = sum(record.state == IN_PROGRESS for record in records)
+    queued = outcomes["Unfinished"] - running
+    gauge = bar(outcomes["Successful"] + outcomes["Failed"], len(records), 6)
+    passed = timedelta(seconds=int(time.monotonic() - since))
+    text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
+    if sys.stdout.isatty():
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        say("  " + fit(text, columns - 3), is_live=True)
+    elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
+        say("  " + fit(text, 200).rstrip())
+
+
+def show_banner(title: str) -> None:
+    """Show a title between two rules."""
+    say(f"{'=' * 80}\n {title}\n{'=' * 80}")
+
+
+def show_section(title: str) -> None:
+    """Show the heading of a section."""
+    say(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
+
+
+def show_submission(batch: Batch) -> None:
+    """Show what came of a submission."""
+    [record] = batch
+    mark, fate = STATUSES[outcome_of(record)][0], record.error or ""
+    if record.generation_id:
+        mark, fate = "✓", fit(record.generation_id, 15)
+    question = fit(record.question, 44).rstrip()
+    say("    " + fit(f"{mark} {record.custom_id}: {question} → {fate}", 76).rstrip())
+
+
+def show_finished(record: Record, done: int, total: int) -> None:
+    """Show a generation that has just become final, and how many have."""
+    mark, percent = STATUSES[outcome_of(record)][0], done * 100 // total
+    say(f"  [{done:>3}/{total}] {bar(done, total, 30)} {percent}% {mark} {record.custom_id}")
+
+
+def show_figures(records: list[Record], wall_seconds: float, finished: int) -> None:
+    """Show success rate, performance and tokens; finished: how many became final in this run."""
+    counts = Counter(map(outcome_of, records))
+    done, total = counts["Successful"], len(records)
+    shown = [name for name in STATUSES if counts[name] or name in ("Successful", "Failed")]
+    lines = "".join(f"      {name + ':':<13}{counts[name]:>4}\n" for name in shown)
+    durations = [record.duration_ms for record in records if record.duration_ms is not None] or [0]
+    completions = [record.completion_tokens for record in records if record.completion_tokens]
+    say(f"""
+  Success Rate
+  ----------------
+  {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
+
+{lines}      Total:       {total:>4}
+
+  Performance Metrics
+  -----------------------
+      Total wall-clock time: {wall_seconds:>10.2f}s
+      Avg generation time:   {sum(durations) / len(durations):>10.1f}ms
+      Min generation time:   {min(durations):>10.1f}ms
+      Max generation time:   {max(durations):>10.1f}ms
+      Throughput:            {finished / max(wall_seconds, 0.01):>10.2f} req/s
+
+  Token Usage
+  ---------------
+      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
+      Completion tokens: {sum(completions):>10,}
+      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
+      Avg completion/req:{sum(completions) / max(len(completions), 1):>10,.1f}""")
+
+
+def show_table(records: list[Record], results_name: str) -> None:
+    """Show each answer beside its question."""
+    show_section("Request-Response Correlation")
+    say("  ID         Status     Question                       Response")
+    say("  ---------- ---------- ------------------------------ -------------------------")
+    for record in records[:MAX_TABLE_ROWS]:
+        answer = record.error or record.state
+        if record.state == SUCCESS:
+            answer = fit(record.response or "(no text)", 25, at_word=True)
+        if record.state == SUCCESS and record.finish_reason == "length":
+            answer = fit(answer, 12) + " [max_tokens]"
+        name, status = fit(f"{record.custom_id}", 10), fit(STATUSES[outcome_of(record)], 10)
+        question = fit(fit(record.question, 28), 30)
+        say(f"  {name} {status} {question} {fit(answer, 25).rstrip()}")
+    if len(records) > MAX_TABLE_ROWS:
+        say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
+
+
+def show_ending(records: list[Record], results_name: str, resume_command: str) -> None:
+    """Show what did not succeed and what to do about it, and where the results are."""
+    advice = {
+        "Failed": "",
+        "Unknown": "\n    Perhaps accepted and paid for: look in the dashboard, then send anew.",
+        "Unfinished": f"\n    Paid for, and still to be fetched:\n      {resume_command}",
+    }
+    for outcome, hint in advice.items():
+        listed = [record for record in records if outcome_of(record) == outcome]
+        if listed:
+            show_section(f"{outcome} Requests")
+        for record in listed:
+            name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
+            text = f"{STATUSES[outcome][0]} {name}: {record.error or record.state}"
+            say(textwrap.indent(textwrap.fill(fit(text, 1000), 76), "    "))
+        if listed and hint:
+            say(hint)
+    counts = Counter(map(outcome_of, records))
+    left = [f"{counts[name]} {name.lower()}" for name in list(STATUSES)[2:] if counts[name]]
+    say(f"\n  Results: {results_name}\n")
+    show_banner(f"Not complete: {', '.join(left)}" if left else "Generation complete!")
+
+
+# --- The work: submit, then poll ---
+
+# The main thread alone owns the records, the results file, the screen and the clock. Workers
+# carry out one exchange at a time: they take it from jobs, and put how it ended into events.
+
+MAX_SUBMIT_ATTEMPTS = 5
+GRACE_SECONDS = 2  # what exchanges in flight are left at Ctrl-C
+TICK_SECONDS = 0.5  # how often the live line is redrawn and deadlines are looked at
+
+Call = Callable[[Session, Batch], Any]
+
+jobs: queue.SimpleQueue[tuple[object, Call, Batch]] = queue.SimpleQueue()
+events: queue.SimpleQueue[tuple[object, Any]] = queue.SimpleQueue()
+
+
+def start_worker() -> None:
+    """Start a thread that carries out jobs over one connection; it never holds up the exit."""
+
+    def work() -> None:
+        session = Session()
+        while True:
+            ticket, call, batch = jobs.get()
+            try:
+                events.put((ticket, call(session, batch)))
+            except ApiError as error:
+                events.put((ticket, error))
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def carry_out(
+    batches: list[Batch],
+    call: Call,
+    settle: Callable[[Batch, int, Any], float | None],
+    results: io.FileIO,
+) -> BaseException | None:
+    """Have workers carry out call(session, batch) for each batch, until none is due again.
+
+    settle(batch, attempt, outcome) takes what call returned, or its ApiError, and returns in how
+    many seconds the batch is due again, if at all. Returns what ended the work early: Ctrl-C, the
+    OSError of a file or screen that can't be written, or the ApiError that locked us out. Then
+    nothing more leaves, and what is in flight is waited for.
+    """
+    started = time.monotonic()
+    due = [(started, order, 1, batch) for order, batch in enumerate(batches)]  # a heap
+    in_flight: dict[object, tuple[float, int, int, Batch]] = {}
+    held_until, tick_at, grace_ends = 0.0, 0.0, math.inf
+    attempt, trouble = 0, ""
+    stop: BaseException | None = None
+    while in_flight or (due and not stop):
+        now = time.monotonic()
+        may_leave = due and not stop and len(in_flight) < MAX_CONCURRENT_POLLS
+        leaves_at = max(due[0][0], held_until) if may_leave else math.inf
+        try:
+            if now >= tick_at:
+                tick_at = now + TICK_SECONDS
+                for ticket, (deadline, *_) in in_flight.items():
+                    if now >= min(deadline, grace_ends):
+                        events.put((ticket, ApiError(UNCERTAIN, "no whole answer in time")))
+                        start_worker()  # in the place of the one that is stuck
+                show_waiting(list(itertools.chain(*batches)), attempt, started, trouble)
+            if leaves_at <= now and events.empty():
+                _, order, attempt, batch = heapq.heappop(due)
+                if call is submit:  # what can't be recorded is not sent
+                    save(results, [replace(record, state=SUBMITTING) for record in batch])
+                ticket = object()
+                in_flight[ticket] = (now + 2 * REQUEST_TIMEOUT_SECONDS, order, attempt, batch)
+                jobs.put((ticket, call, batch))
+                continue
+            ticket, outcome = events.get(timeout=max(0, min(leaves_at, tick_at) - now))
+            now = time.monotonic()
+            if isinstance(outcome, KeyboardInterrupt):
+                stop, grace_ends = outcome, now + GRACE_SECONDS
+            if ticket not in in_flight:
+                continue
+            _, order, attempt, batch = in_flight.pop(ticket)
+            trouble = ""
+            if isinstance(outcome, ApiError):
+                trouble = str(outcome)
+                wait_seconds = min(outcome.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
+                held_until = max(held_until, now + wait_seconds)
+                if outcome.ending == LOCKED_OUT:
+                    stop = stop or outcome
+            delay_seconds = settle(batch, attempt, outcome)
+            if delay_seconds is not None:
+                heapq.heappush(due, (now + delay_seconds, order, attempt + 1, batch))
+        except queue.Empty:
+            pass
+        except OSError as error:
+            stop = stop or error
+    return stop
+
+
+def submit(session: Session, batch: Batch) -> Json:
+    """Submit the batch; return what its records gain by that."""
+    request = build_request(batch[0].custom_id, batch[0].question)
+    return {"generation_id": submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)}
+
+
+def poll(session: Session, batch: Batch) -> Json:
+    """Return the batch's generation as it is now; ApiError also if it is another request's."""
+    generation = fetch_generation(session, str(batch[0].generation_id), REQUEST_TIMEOUT_SECONDS)
+    echoed = dig(generation, "request", "metadata", "custom_id")
+    if isinstance(echoed, str) and echoed not in ("", batch[0].custom_id):
+        raise ApiError(UNCERTAIN, f"the answer is to another request, {echoed}")
+    return generation
+
+
+def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
+    """Submit every batch, and record what came of it; return what ended that early, if anything."""
+
+    def settle(batch: Batch, attempt: int, outcome: Json | ApiError) -> float | None:
+        delay_seconds = None
+        if isinstance(outcome, ApiError):
+            state = UNKNOWN if outcome.ending == UNCERTAIN else FAILED
+            if outcome.ending == UNAVAILABLE and attempt < MAX_SUBMIT_ATTEMPTS:
+                state, delay_seconds = NOT_SENT, 2 ** (attempt - 1) * random.uniform(0.5, 1)
+            changes: Json = {"state": state, "error": str(outcome)}
+        else:
+            changes = {"state": QUEUED, "error": None, **outcome}
+        for record in batch:
+            vars(record).update(changes)
+        save(results, batch)
+        if delay_seconds is None:
+            show_submission(batch)
+        return delay_seconds
+
+    return carry_out(batches, submit, settle, results)
+
+
+def poll_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
+    """Poll every batch until it is final, and record that; return what ended it early."""
+    done = itertools.count(1)
+
+    def settle(batch: Batch, attempt: int, outcome: Json | ApiError) -> float | None:
+        if not isinstance(outcome, ApiError):
+            apply(batch[0], outcome)
+        if is_unfinished(batch[0]):
+            return POLL_INTERVAL_SECONDS if attempt < MAX_POLL_ATTEMPTS else None
+        save(results, batch)
+        show_finished(batch[0], next(done), len(batches))
+        return None
+
+    return carry_out(batches, poll, settle, results)
+
+
+# --- The script ---
+
+RESULTS_PREFIX = "async-polling"
+
+
+def check_configuration() -> None:
+    """Raise ValueError for a constant or an environment variable that makes no sense."""
+    whole = ("NUM_REQUESTS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS")
+    for name in (*whole, "POLL_INTERVAL_SECONDS", "REQUEST_TIMEOUT_SECONDS"):
+        value = globals()[name]
+        kind, wanted = (int, "a whole number") if name in whole else ((int, float), "a number")
+        if not isinstance(value, kind) or value is True or not 0 < value <= 1_000_000:
+            raise ValueError(f"{name} must be {wanted}, above 0 and to 1,000,000, not {value!r}")
+    if not SAMPLE_QUESTIONS or not all(isinstance(text, str) for text in SAMPLE_QUESTIONS):
+        raise ValueError("SAMPLE_QUESTIONS must hold one question or more, each a text")
+    api_key()
+    base_url()
+
+
+def new_run() -> tuple[list[Record], io.FileIO]:
+    """Return the records of a new run, and its results file."""
+    ids = (f"req-{number:03}" for number in range(1, NUM_REQUESTS + 1))
+    records = [Record(*pair) for pair in zip(ids, itertools.cycle(SAMPLE_QUESTIONS))]
+    for record in records:  # one that can't be sent is found before the others are paid for
+        json.dumps(build_request(f"{record.custom_id}", record.question))
+    folder = Path(RESULTS_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{RESULTS_PREFIX}-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"
+    return records, io.FileIO(path, "xb")
+
+
+def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
+    """Return what the results file name holds, or else the newest with something unfinished."""
+    newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
+    for path in [Path(name)] if name else newest_first:
+        try:
+            records, whole_bytes = read_results(path)
+        except (OSError, ValueError):
+            if name:
+                raise
+            continue
+        if name or any(map(is_unfinished, records)):
+            results = io.FileIO(path, "ab")
+            results.truncate(whole_bytes)
+            return records, results
+    raise ValueError(f"--resume finds nothing unfinished in {RESULTS_DIR}")
+
+
+def main() -> int:
+    """Run the script, and return its exit code."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the script at once
+        events.put((None, KeyboardInterrupt("Ctrl-C")))
+
+    signal.signal(signal.SIGINT, interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("plain", show_plainly)
+        sys.stdout.reconfigure(errors="plain")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    resume_help = "poll what FILE, or else the newest results file, has unfinished"
+    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
+    resume = parser.parse_args().resume
+    try:
+        check_configuration()
+        records, results = new_run() if resume is None else earlier_run(resume)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+    name, started, stop = str(results.name), time.monotonic(), None
+    batches = batches_of(records)
+    show_banner("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
+    say(f"""
+  Configuration:
+    • {f"Requests to submit: {len(records)}" if resume is None else f"Resuming: {name}"}
+    • Model: {MODEL_ID}
+    • Poll interval: {POLL_INTERVAL_SECONDS}s
+    • Concurrent polls: {MAX_CONCURRENT_POLLS}""")
+    final_before = sum(record.state in (SUCCESS, FAILED) for record in records)
+    for _ in range(min(MAX_CONCURRENT_POLLS, len(batches))):
+        start_worker()
+    if resume is None:
+        show_section(f"Submitting {len(records)} Requests")
+        stop = submit_all(batches, results)
+    unfinished = [batch for batch in batches if any(map(is_unfinished, batch))]
+    if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
+        show_section("Polling for Results")
+        stop = poll_all(unfinished, results) or stop
+    if stop:
+        say(f"\n  ✗ Stopped: {fit(str(stop), 1000).rstrip()}")
+
+    say("")
+    show_banner("ASYNC GENERATION SUMMARY")
+    final_now = sum(record.state in (SUCCESS, FAILED) for record in records)
+    show_figures(records, time.monotonic() - started, final_now - final_before)
+    show_table(records, name)
+    show_ending(records, name, shlex.join(["uv", "run", sys.argv[0], "--resume", name]))
+    if isinstance(stop, KeyboardInterrupt):
+        return 130
+    return 0 if all(outcome_of(record) == "Successful" for record in records) else 1
+
+
+if __name__ == "__main__":
+    try:
+        exit_code: int | str = main()
+    except OSError as error:  # stdout is closed or full; what could be saved is saved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        exit_code = 1 if isinstance(error, BrokenPipeError) else f"{sys.argv[0]}: {error}"
+    sys.exit(exit_code)
