@@ -656,7 +656,11 @@ def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None
             show_submission(batch)
         return delay_seconds
 
-    return carry_out(batches, submit, settle, results)
+    stop = carry_out(batches, submit, settle, results)
+    if not isinstance(stop, OSError):
+        records = itertools.chain(*batches)
+        save(results, [record for record in records if outcome_of(record) == "Not sent"])
+    return stop
 
 
 def poll_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:

@@ -15,6 +15,7 @@ bill on stderr: what it accepted, what of that was answered, and what it was mad
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -26,7 +27,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -146,6 +146,7 @@ class LocalApi:
         self.choose_fault: Callable[[web.Request, Json], Fault | None] = lambda request, body: None
         self.alter: Callable[[Json], Any] = lambda generation: generation
         self.alter_list: Callable[[list[Any]], Any] = lambda generations: generations
+        self.new_runs = 0  # counted by the tests: how often a custom id may be made anew
         self.port = 0
 
     @property
@@ -440,10 +441,8 @@ def main() -> int:
             for name, value in api.environment.items():
                 print(f"export {name}={value}")
             code = 0
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
-            except KeyboardInterrupt:
-                pass
         print(f"The local stand-in {api.bill()}.", file=sys.stderr)
     return code
 

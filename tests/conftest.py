@@ -1,0 +1,217 @@
+"""What the tests share: the examples as a user has them, run as processes against the local API."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from local_api import API_KEY, Fault, Json, LocalApi, web
+
+TOP = Path(__file__).parent.parent
+SINGLE, GROUP = "async_polling_example.py", "async_group_example.py"
+SCRIPTS = (SINGLE, GROUP)
+HANG_SECONDS = 60
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        """The newest results file."""
+        return max((self.folder / "results").glob("*.jsonl"))
+
+    @property
+    def rows(self) -> list[Json]:
+        """Every row of the results file: each of its lines must be JSON."""
+        return [json.loads(line) for line in self.results.read_text("utf-8").splitlines()]
+
+    @property
+    def final(self) -> dict[str, Json]:
+        """The last row of each custom id."""
+        return {row["custom_id"]: row for row in self.rows if row["custom_id"]}
+
+    @property
+    def states(self) -> dict[str, str]:
+        """The last state of each custom id."""
+        return {custom_id: row["state"] for custom_id, row in self.final.items()}
+
+
+class Example:
+    """A copy of one of the scripts in a folder of its own, to be edited and run there."""
+
+    def __init__(self, script: str, folder: Path, api: LocalApi) -> None:
+        self.script = script
+        self.folder = folder
+        self.api = api
+        self.environment = api.environment
+        shutil.copy(TOP / script, folder / script)
+        self.edit(NUM_REQUESTS=4, POLL_INTERVAL_SECONDS=0.05, MAX_POLL_ATTEMPTS=40)
+        self.edit(REQUEST_TIMEOUT_SECONDS=1)
+
+    def edit(self, **constants: Any) -> None:
+        """Edit constants as a user does: the line at the top of the script."""
+        path = self.folder / self.script
+        text = path.read_text("utf-8")
+        for name, value in constants.items():
+            text, count = re.subn(
+                rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", text, flags=re.M
+            )
+            assert count == 1, name
+        path.write_text(text, "utf-8")
+
+    def start(
+        self, *arguments: str, file_limit: int | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start the script, in a session of its own; no file of its may exceed file_limit bytes."""
+
+        def limit() -> None:
+            import resource  # not on Windows
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+        self.api.new_runs += "--resume" not in arguments
+        environment = {**os.environ, **self.environment}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.Popen(
+            [sys.executable, self.script, *arguments],
+            cwd=self.folder,
+            env={name: value for name, value in environment.items() if value is not None},
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=None if file_limit is None else limit,
+            **options,
+        )
+
+    def finish(self, process: subprocess.Popen[str]) -> Run:
+        """Wait for the end, and check what holds at every end."""
+        try:
+            stdout, stderr = process.communicate(timeout=HANG_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        run = Run(process.returncode, stdout or "", stderr or "", self.folder)
+        shown = run.stdout + run.stderr
+        assert "Traceback" not in shown, shown
+        assert "Exception ignored" not in shown, shown
+        key = (self.environment["INFERENCE_API_KEY"] or "").strip()
+        kept = [path.read_text("utf-8") for path in self.folder.glob("results/*.jsonl")]
+        for text in (shown, *kept):
+            assert not key or key not in text
+        made = Counter(generation.custom_id for generation in self.api.generations.values())
+        assert all(count <= self.api.new_runs for count in made.values())
+        return run
+
+    def run(self, *arguments: str, **options: Any) -> Run:
+        """Run the script to its end."""
+        return self.finish(self.start(*arguments, **options))
+
+
+@pytest.fixture
+def api() -> Iterator[LocalApi]:
+    """The local API, with generations that are done at once."""
+    with LocalApi(seconds=(0, 0)) as local_api:
+        yield local_api
+
+
+@pytest.fixture(params=SCRIPTS)
+def example(request: pytest.FixtureRequest, tmp_path: Path, api: LocalApi) -> Example:
+    """Each of the two scripts."""
+    return Example(request.param, tmp_path, api)
+
+
+@pytest.fixture
+def single(tmp_path: Path, api: LocalApi) -> Example:
+    """The script that submits one by one."""
+    return Example(SINGLE, tmp_path, api)
+
+
+@pytest.fixture
+def group(tmp_path: Path, api: LocalApi) -> Example:
+    """The script that submits a group."""
+    return Example(GROUP, tmp_path, api)
+
+
+def is_submission(request: web.Request) -> bool:
+    """Tell a submission from a poll."""
+    return request.method == "POST"
+
+
+def custom_ids(body: Json) -> list[str]:
+    """The custom ids in a submission."""
+    return [each["metadata"]["custom_id"] for each in body.get("requests", [body])]
+
+
+def faulty(
+    fault: Fault, polls: bool, times: float = float("inf"), only: str | None = None
+) -> Callable[[web.Request, Json], Fault | None]:
+    """Return a choose_fault: fault for the first polls, or submissions, of each thing.
+
+    times is how often for each; only restricts it to the submissions with that custom id.
+    """
+    seen: Counter[str] = Counter()
+
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        if is_submission(request) == polls or (only and only not in custom_ids(body)):
+            return None
+        seen[request.path + json.dumps(body)] += 1
+        return fault if seen[request.path + json.dumps(body)] <= times else None
+
+    return choose
+
+
+def one_each(
+    api: LocalApi, faults: list[Fault], polls: bool, times: float = float("inf")
+) -> Callable[[web.Request, Json], Fault | None]:
+    """Return a choose_fault for the single script: the fault of req-001 is the first, and so on."""
+    seen: Counter[int] = Counter()
+
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        if is_submission(request) == polls:
+            return None
+        custom_id = api.generations[request.path.rpartition("/")[2]].custom_id if polls else None
+        number = int((custom_id or body["metadata"]["custom_id"]).removeprefix("req-")) - 1
+        seen[number] += 1
+        return faults[number] if seen[number] <= times else None
+
+    return choose
+
+
+def in_turn(faults: list[Fault]) -> Callable[[web.Request, Json], Fault | None]:
+    """Return a choose_fault for the group script: each poll meets the next fault, then no more."""
+    left = iter(faults)
+    return lambda request, body: None if is_submission(request) else next(left, None)
+
+
+__all__ = [
+    "API_KEY",
+    "GROUP",
+    "SCRIPTS",
+    "SINGLE",
+    "TOP",
+    "Example",
+    "Run",
+    "faulty",
+    "in_turn",
+    "one_each",
+]
+
+hypothesis.settings.register_profile("quick", max_examples=50, deadline=None, database=None)
+hypothesis.settings.load_profile("quick")

@@ -1,0 +1,411 @@
+"""What the API answers, however odd, and which question it is the answer to."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GROUP, SCRIPTS, TOP, Example
+from hypothesis import given
+from hypothesis import strategies as st
+from local_api import ANSWERS, Json
+
+
+def load(script: str) -> types.ModuleType:
+    """Import a script, which does nothing but define."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, TOP / script)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {script: load(script) for script in SCRIPTS}
+both = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, which the scripts take out of errors."""
+    monkeypatch.setenv("INFERENCE_API_KEY", "a-key-of-these-tests")
+
+
+def generation(content: Any = "Paris", **changes: Any) -> Json:
+    """A generation that succeeded, but for the changes."""
+    choice = {"message": {"content": content}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    return {
+        "id": "abc",
+        "state": "Success",
+        "stateMessage": None,
+        "request": {"metadata": {"custom_id": "req-001"}},
+        "response": {"choices": [choice], "usage": usage},
+        "dispatchedAt": "2026-01-02T03:04:05.000Z",
+        "finishedAt": "2026-01-02T03:04:06.500Z",
+    } | changes
+
+
+ODD = [None, "", 0, -1, 1.5, True, [], {}, "text", [None], [[]], {"a": {}}, 10**30, "\ud800"]
+ABSENT = object()
+
+
+def alter(path: tuple[str | int, ...], value: Any) -> Json:
+    """Return a generation with an odd value, or none, at path."""
+    altered = generation()
+    place: Any = altered
+    for step in path[:-1]:
+        place = place[step]
+    if value is ABSENT:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return altered
+
+
+PATHS: list[tuple[str | int, ...]] = [
+    ("id",),
+    ("stateMessage",),
+    ("request",),
+    ("request", "metadata"),
+    ("response",),
+    ("response", "choices"),
+    ("response", "choices", 0),
+    ("response", "choices", 0, "message"),
+    ("response", "choices", 0, "message", "content"),
+    ("response", "choices", 0, "finish_reason"),
+    ("response", "usage"),
+    ("response", "usage", "prompt_tokens"),
+    ("response", "usage", "total_tokens"),
+    ("dispatchedAt",),
+    ("finishedAt",),
+]
+
+
+@both
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_no_odd_field_spoils_a_success(module: types.ModuleType, path: Any) -> None:
+    for value in [ABSENT, *ODD]:
+        record = module.Record("req-001", "Where?")
+        module.apply(record, alter(path, value))
+        assert record.state == "Success"
+        spoils_text = path[0] == "response" and "usage" not in path and path[-1] != "finish_reason"
+        if not spoils_text:
+            assert record.response == "Paris"
+        json.loads(json.dumps(vars(record)), parse_constant=pytest.fail)
+
+
+@both
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Paris", "Paris"),
+        ("", None),
+        (None, None),
+        (["Pa", "ris"], "Paris"),
+        ([{"type": "text", "text": "Pa"}, {"type": "image"}, {"text": "ris"}], "Paris"),
+        ({"type": "text", "text": "Paris"}, "Paris"),
+        (["Paris", None, 3], "Paris"),
+        (["Paris", {"text": None}], "Paris"),
+        (7, None),
+        (" \n", " \n"),
+        ("é 東京 \ud800 \x1b", "é 東京 \ud800 \x1b"),
+    ],
+)
+def test_the_text_of_an_answer(module: types.ModuleType, content: Any, text: str | None) -> None:
+    record = module.Record("req-001", "Where?")
+    module.apply(record, generation(content))
+    assert record.response == text
+
+
+@both
+@pytest.mark.parametrize(
+    ("dispatched", "finished", "milliseconds"),
+    [
+        ("2026-01-02T03:04:05Z", "2026-01-02T03:04:06Z", 1000),
+        ("2026-01-02T03:04:05.1Z", "2026-01-02T03:04:05.2Z", 100),
+        ("2026-01-02T03:04:05.123Z", "2026-01-02T03:04:05.124Z", 1),
+        ("2026-01-02T03:04:05.123456789Z", "2026-01-02T03:04:05.124456Z", 1),
+        ("2026-01-02T03:04:05.1234567890123456789Z", "2026-01-02T03:04:05.223456Z", 100),
+        ("2026-01-02T03:04:05+00:00", "2026-01-02T05:04:06+02:00", 1000),
+        ("2026-01-02T03:04:05", "2026-01-02T03:04:06Z", 1000),
+        ("2026-01-02T03:04:05", "2026-01-02T03:04:06.5", 1500),
+        ("2026-01-02 03:04:05Z", "2026-01-02 03:04:06Z", 1000),
+        ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z", 0),
+        ("2026-01-02T03:04:06Z", "2026-01-02T03:04:05Z", None),
+        ("2026-13-02T03:04:05Z", "2026-01-02T03:04:05Z", None),
+        ("yesterday", "2026-01-02T03:04:05Z", None),
+        (None, "2026-01-02T03:04:05Z", None),
+        (1767322000, 1767322001, None),
+        ("", "", None),
+        ("0001-01-01T00:00:00+23:59", "0001-01-01T00:00:01+23:59", 1000),
+    ],
+)
+def test_generation_time(
+    module: types.ModuleType, dispatched: Any, finished: Any, milliseconds: float | None
+) -> None:
+    record = module.Record("req-001", "Where?")
+    module.apply(record, generation(dispatchedAt=dispatched, finishedAt=finished))
+    assert record.duration_ms == milliseconds
+
+
+@both
+@pytest.mark.parametrize("message", [None, "", 5, {}, [], "out of memory"])
+def test_a_failure_has_a_reason(module: types.ModuleType, message: Any) -> None:
+    record = module.Record("req-001", "Where?")
+    module.apply(record, generation(state="Failed", stateMessage=message, response=None))
+    assert record.state == "Failed"
+    assert record.error == ("out of memory" if message == "out of memory" else "no reason given")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+keys = st.sampled_from(
+    [
+        *("response", "choices", "message", "content", "text", "usage", "finish_reason", "id"),
+        *("prompt_tokens", "request", "metadata", "custom_id", "dispatchedAt", "stateMessage"),
+    ]
+)
+likely = st.recursive(
+    scalars,
+    lambda inner: st.dictionaries(keys, inner, max_size=3) | st.lists(inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@both
+@given(
+    st.dictionaries(keys, likely, max_size=5), st.sampled_from(["Queued", "Success", "Failed", "?"])
+)
+def test_any_generation_can_be_read(module: types.ModuleType, answer: Json, state: str) -> None:
+    record = module.Record("req-001", "Where?")
+    module.apply(record, answer | {"state": state})
+    row = json.loads(json.dumps(vars(record)), parse_constant=pytest.fail)
+    assert row["custom_id"] == "req-001"
+    assert row["state"] == state
+
+
+@given(st.lists(likely, max_size=6))
+def test_any_list_of_generations_can_be_matched(answers: list[Any]) -> None:
+    module = MODULES[GROUP]
+    batch = [module.Record(f"req-{number}", "?", group_id="g", state="Queued") for number in "12"]
+    strays: list[Any] = []
+    for answer in answers:
+        module.take(answer, batch, strays)
+    assert [record.custom_id for record in batch] == ["req-1", "req-2"]
+    assert all(stray.custom_id is None for stray in strays)
+
+
+@both
+@given(content=st.binary())
+def test_no_other_file_is_taken_for_results(
+    module: types.ModuleType, tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any-{module.__name__}.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"which .* is not"):
+        module.read_results(path)
+
+
+@both
+@given(data=st.data())
+def test_rows_of_odd_values_are_refused_or_can_be_shown(
+    module: types.ModuleType, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    row = vars(module.Record("req-001", "Where?", state="Success", response="Paris"))
+    odd = data.draw(st.dictionaries(st.sampled_from(list(row)), scalars, max_size=3))
+    path = tmp_path_factory.getbasetemp() / f"odd-{module.__name__}.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | odd) + "\n")
+    try:
+        records, _ = module.read_results(path)
+    except ValueError:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        module.show_figures(records, 1.0, 1)
+        module.show_table(records, "name")
+        module.show_ending(records, "name", "command")
+
+
+@both
+@given(st.data())
+def test_what_is_saved_is_read_back(
+    module: types.ModuleType, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    texts = st.none() | st.text()
+    records = [
+        module.Record(
+            f"req-{number:03}",
+            data.draw(st.text()),
+            generation_id=data.draw(
+                st.none() | st.from_regex(r"[\w-]+\Z", fullmatch=True).filter(str.isascii)
+            ),
+            state=data.draw(st.text()),
+            response=data.draw(texts),
+            total_tokens=data.draw(st.none() | st.integers(0, 2**53 - 1)),
+            duration_ms=data.draw(st.none() | st.floats(0, 2**52)),
+            error=data.draw(texts),
+        )
+        for number in range(1, data.draw(st.integers(2, 5)))
+    ]
+    path = tmp_path_factory.getbasetemp() / f"saved-{module.__name__}.jsonl"
+    path.unlink(missing_ok=True)
+    with module.io.FileIO(path, "xb") as results:
+        module.save(results, records)
+        size = results.tell()
+        results.write(data.draw(st.binary(max_size=50)).replace(b"\n", b""))
+    assert module.read_results(path) == (records, size)
+
+
+# Matching, in whole runs
+
+
+def test_a_generation_of_another_request_is_not_taken(single: Example) -> None:
+    def swap(shown: Json) -> Json:
+        if shown["request"]["metadata"]["custom_id"] == "req-002":
+            return shown | {"request": {"metadata": {"custom_id": "req-003"}}}
+        return shown
+
+    single.api.alter = swap
+    single.edit(MAX_POLL_ATTEMPTS=2)
+    run = single.run()
+    assert run.code == 1
+    assert run.states == {
+        "req-001": "Success",
+        "req-002": "Queued",
+        "req-003": "Success",
+        "req-004": "Success",
+    }
+
+
+@pytest.mark.parametrize("echo", [None, {}, {"metadata": None}, {"metadata": {"custom_id": ""}}, 5])
+def test_a_generation_that_echoes_nothing_is_matched_by_its_id(single: Example, echo: Any) -> None:
+    single.api.alter = lambda shown: shown | {"request": echo}
+    assert single.run().code == 0
+
+
+def test_answers_in_any_order_find_their_questions(example: Example) -> None:
+    example.edit(NUM_REQUESTS=15)
+    example.api.seconds = (0, 0.5)
+    run = example.run()
+    assert run.code == 0
+    module = MODULES[example.script]
+    assert [row["question"] for row in run.final.values()] == module.SAMPLE_QUESTIONS
+    for row in run.final.values():
+        assert row["response"] == ANSWERS[row["question"]]
+
+
+def rename(new: dict[str, Any]) -> Any:
+    """Return an alter that changes the echoed custom ids."""
+
+    def change(shown: Json) -> Json:
+        custom_id = shown["request"]["metadata"]["custom_id"]
+        echoed = {"custom_id": new.get(custom_id, custom_id)}
+        return shown | {"request": shown["request"] | {"metadata": echoed}}
+
+    return change
+
+
+@pytest.mark.parametrize("echoed", [None, "", "req-999", "req-001", 7, ["req-002"]])
+def test_an_unmatched_answer_is_kept_and_answers_nothing(group: Example, echoed: Any) -> None:
+    group.api.alter = rename({"req-002": echoed})
+    group.api.alter_list = lambda shown: sorted(
+        shown, key=lambda each: each["response"]["choices"][0]["message"]["content"], reverse=True
+    )
+    group.edit(MAX_POLL_ATTEMPTS=3)
+    run = group.run()
+    assert run.code == 1
+    assert run.states["req-002"] == "Queued"
+    assert list(run.states.values()).count("Success") == 3
+    unmatched = [row for row in run.rows if row["custom_id"] is None]
+    assert len(unmatched) == 1
+    assert unmatched[0]["generation_id"] in group.api.generations
+    assert unmatched[0]["response"]
+    assert "Unmatched Generations" in run.stdout
+    assert unmatched[0]["generation_id"] in run.stdout
+    answers = {row["response"] for row in [*run.final.values(), *unmatched] if row["response"]}
+    assert len(answers) == 4
+
+    again = group.run("--resume")
+    assert again.code == 1
+    assert [row for row in again.rows if row["custom_id"] is None] == unmatched
+
+
+def test_the_first_final_claim_of_a_custom_id_keeps_it(group: Example) -> None:
+    polls: list[int] = []
+
+    def two_claims(shown: list[Json]) -> list[Json]:
+        polls.append(1)
+        [first] = [each for each in shown if each["request"]["metadata"]["custom_id"] == "req-001"]
+        early = first | {"id": "early", "state": "In Progress", "response": None}
+        late = generation("the late one", id="late")
+        rest = [each for each in shown if each is not first]
+        if len(polls) == 1:
+            return [early, late, *rest[:-1]]
+        return [first | {"id": "early"}, late, *rest]
+
+    group.api.alter_list = two_claims
+    run = group.run()
+    assert run.code == 1
+    assert run.final["req-001"]["generation_id"] == "late"
+    assert run.final["req-001"]["response"] == "the late one"
+    assert [row["generation_id"] for row in run.rows if not row["custom_id"]] == ["early"]
+
+
+def test_generations_without_ids_are_told_apart_by_what_they_hold(group: Example) -> None:
+    group.api.alter_list = lambda shown: [
+        *(each | {"id": None} for each in shown),
+        generation("another", id=None),
+        generation("another", id=None),
+    ]
+    run = group.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Success"}
+    assert [row["response"] for row in run.rows if not row["custom_id"]] == ["another"]
+
+
+def test_a_poll_of_a_group_is_complete_when_all_that_was_sent_is(group: Example) -> None:
+    polls: list[int] = []
+
+    def one_more_each_time(shown: list[Json]) -> list[Json]:
+        polls.append(1)
+        in_order = sorted(shown, key=lambda each: each["request"]["metadata"]["custom_id"])
+        return random.sample(in_order[: len(polls)], len(polls))
+
+    group.api.alter_list = one_more_each_time
+    run = group.run()
+    assert run.code == 0
+    assert len(polls) == 4
+
+
+def test_a_state_nobody_knows_is_not_final(example: Example) -> None:
+    seen: set[str] = set()
+
+    def unknown_once(shown: Json) -> Json:
+        is_new = shown["id"] not in seen
+        seen.add(shown["id"])
+        return shown | {"state": "Success!"} if is_new else shown
+
+    example.api.alter = unknown_once
+    assert example.run().code == 0
+
+
+def test_failed_generations_are_told_with_their_reasons(example: Example) -> None:
+    def fail(shown: Json) -> Json:
+        if shown["request"]["metadata"]["custom_id"] != "req-003":
+            return shown
+        return shown | {"state": "Failed", "stateMessage": "out of memory", "response": None}
+
+    example.api.alter = fail
+    run = example.run()
+    assert run.code == 1
+    assert "Failed:         1" in run.stdout
+    assert "75.0%" in run.stdout
+    assert "req-003    ✗ Failed   Name one planet in our so...   out of memory" in run.stdout
+    assert run.final["req-003"]["error"] == "out of memory"
+    assert "Generation complete!" in run.stdout

@@ -1,0 +1,303 @@
+"""What breaks, and what the scripts make of it: one row a case, both scripts wherever it applies.
+
+Every run is checked for more than its row says: it ends, shows no traceback and no key, leaves
+a results file of which every line is JSON, and has nothing made, and paid for, twice.
+"""
+
+import time
+from collections import Counter
+
+import local_api
+import pytest
+from conftest import API_KEY, Example, faulty, in_turn, one_each
+from local_api import after, body, close, cut, drip, drip_header, garble, reset, stall, status
+
+DEEP = b'{"state": "Success", "response": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+DEEPER = b"[" * 100_000
+HUGE = b'{"state": "Success", "response": {"usage": {"total_tokens": ' + b"9" * 5000 + b"}}}"
+
+NO_ANSWER = {
+    "500": status(500),
+    "502 with HTML": body(b"<html><h1>Bad Gateway</h1></html>", "text/html", 502),
+    "503 with no Retry-After": status(503),
+    "503 with a nonsense Retry-After": status(503, Retry_After="soon"),
+    "599": status(599),
+    "reset": reset,
+    "closed": close,
+    "cut": cut,
+    "garbled": garble,
+    "stalled": stall,
+    "200 with HTML": body(b"<html>Please log in</html>", "text/html"),
+    "200 with nothing": body(b""),
+    "200 with a list": body(b"[]"),
+    "200 with a text": body(b'"Success"'),
+    "200 with null": body(b"null"),
+    "200 with an empty object": body(b"{}"),
+    "200 with broken JSON": body(b'{"id": "abc", "state": "Suc'),
+    "200 nested too deep": body(DEEPER),
+    "200 with a number too long": body(HUGE),
+    "200 with bytes that are no text": body(b"\xff\xfe\xfd\x80{}"),
+    "200 with odd types": body(b'{"id": 7, "state": 1, "groupId": [], "generations": {}}'),
+    "200 with an id that is a path": body(b'{"id": "../x", "groupId": "../x"}'),
+    "200 with an empty id": body(b'{"id": "", "groupId": ""}'),
+    "204": body(b"", code=204),
+}
+REFUSALS = {
+    "302 to another host": status(302, Location="http://127.0.0.1:1/elsewhere"),
+    "400": status(400, "max_tokens is too large"),
+    "404": status(404, "no such thing"),
+    "409": status(409),
+    "422": status(422),
+}
+BUSY = {
+    "429": status(429),
+    "429 with Retry-After in seconds": status(429, Retry_After="1"),
+    "429 with Retry-After as a date": status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+    "429 with a nonsense Retry-After": status(429, Retry_After="99999999 eggs"),
+    "429 with a negative Retry-After": status(429, Retry_After="-5"),
+    "429 with an impossible date": status(429, Retry_After="Wed, 99 Oct 99999 07:28:00 GMT"),
+    "503 with Retry-After": status(503, Retry_After="1"),
+}
+POLL_FAULTS = (
+    NO_ANSWER
+    | REFUSALS
+    | BUSY
+    | {
+        "402": status(402),
+        "dripping": drip,
+        "dripping in a header": drip_header,
+        "200 nested a thousand deep": body(DEEP),
+        "200 with a state that is null": body(b'{"state": null, "generations": null}'),
+        "200 with a state nobody knows": body(b'{"state": "Paused", "generations": []}'),
+        "200 with members that are none": body(
+            b'{"state": "?", "generations": [1, null, "x", [], {}, {"state": 3}]}'
+        ),
+    }
+)
+LOCK_OUTS = {
+    "401": status(401, "this key is not valid"),
+    "403": status(403, "this key may not"),
+}
+
+
+def cases(table: dict[str, local_api.Fault]) -> list[object]:
+    """Make a row of a table a case of its own."""
+    return [pytest.param(fault, id=name) for name, fault in table.items()]
+
+
+def test_a_poll_that_fails_is_made_again(single: Example) -> None:
+    faults = list(POLL_FAULTS.values())
+    single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20)
+    single.api.choose_fault = one_each(single.api, faults, polls=True, times=1)
+    run = single.run()
+    states = dict(zip(POLL_FAULTS, run.states.values(), strict=True))
+    assert states == dict.fromkeys(POLL_FAULTS, "Success")
+    assert run.code == 0
+
+
+def test_a_poll_of_a_group_that_fails_is_made_again(group: Example) -> None:
+    faults = list(POLL_FAULTS.values())
+    group.edit(MAX_POLL_ATTEMPTS=len(faults) + 1)
+    group.api.choose_fault = in_turn(faults)
+    run = group.run()
+    assert run.code == 0, run.stdout
+    assert f"[{len(faults):>3}] |░" in run.stdout
+    assert f"[{len(faults) + 1:>3}] |███" in run.stdout
+
+
+def check_left_unfinished(example: Example, count: int) -> None:
+    """Run it: nothing failed, all is unfinished; and then resume it, when nothing is wrong."""
+    run = example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Queued"}
+    assert "Failed:         0" in run.stdout
+    assert f"Unfinished:  {count:>4}" in run.stdout
+    assert f"Not complete: {count} unfinished" in run.stdout
+    assert f"--resume results/{run.results.name}" in run.stdout
+    example.api.choose_fault = lambda request, sent: None
+    resumed = example.run("--resume")
+    assert resumed.code == 0, resumed.stdout
+    assert set(resumed.states.values()) == {"Success"}
+    assert len(example.api.generations) == count
+
+
+def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> None:
+    faults = [*POLL_FAULTS.values(), status(404)]
+    single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20, MAX_POLL_ATTEMPTS=2)
+    single.api.choose_fault = one_each(single.api, faults, polls=True)
+    check_left_unfinished(single, len(faults))
+
+
+@pytest.mark.parametrize("fault", cases(POLL_FAULTS))
+def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(
+    group: Example, fault: local_api.Fault
+) -> None:
+    group.edit(MAX_POLL_ATTEMPTS=2)
+    group.api.choose_fault = faulty(fault, polls=True)
+    check_left_unfinished(group, 4)
+
+
+@pytest.mark.parametrize("fault", cases(LOCK_OUTS))
+def test_a_lock_out_ends_polling_at_once(example: Example, fault: local_api.Fault) -> None:
+    example.edit(MAX_POLL_ATTEMPTS=10_000, POLL_INTERVAL_SECONDS=0.01)
+    example.api.choose_fault = faulty(fault, polls=True)
+    run = example.run()
+    assert run.code == 1
+    assert "Stopped: HTTP 40" in run.stdout
+    assert "Unfinished:     4" in run.stdout
+    polls = [method for method, _ in example.api.exchanges if method == "GET"]
+    assert len(polls) <= 5
+    example.api.choose_fault = lambda request, sent: None
+    assert example.run("--resume").code == 0
+
+
+UNCERTAIN = NO_ANSWER | {"dripping": drip, "dripping in a header": drip_header}
+
+
+@pytest.mark.parametrize("is_accepted", [True, False], ids=["accepted", "not accepted"])
+def test_no_submission_that_may_be_accepted_is_sent_again(
+    single: Example, is_accepted: bool
+) -> None:
+    faults = [after(fault) if is_accepted else fault for fault in UNCERTAIN.values()]
+    single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20)
+    single.api.choose_fault = one_each(single.api, faults, polls=False)
+    run = single.run()
+    states = dict(zip(UNCERTAIN, run.states.values(), strict=True))
+    assert states == dict.fromkeys(UNCERTAIN, "Unknown")
+    assert run.code == 1
+    assert f"Unknown:     {len(faults):>4}" in run.stdout
+    assert "dashboard" in run.stdout
+    assert len(single.api.exchanges) == len(faults)
+
+
+@pytest.mark.parametrize("fault", cases(UNCERTAIN))
+def test_a_group_that_may_be_accepted_is_not_sent_again(
+    group: Example, fault: local_api.Fault
+) -> None:
+    group.api.choose_fault = faulty(after(fault), polls=False)
+    run = group.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Unknown"}
+    assert "Unknown:        4" in run.stdout
+    assert len(group.api.exchanges) == 1
+
+
+@pytest.mark.parametrize("fault", cases(BUSY))
+def test_a_submission_that_surely_was_not_accepted_is_sent_again(
+    example: Example, fault: local_api.Fault
+) -> None:
+    example.api.choose_fault = faulty(fault, polls=False, times=2)
+    run = example.run()
+    assert run.code == 0, run.stdout
+    assert len(example.api.generations) == 4
+    sent = Counter(method for method, _ in example.api.exchanges)["POST"]
+    assert sent == (12 if example.script.startswith("async_polling") else 3)
+
+
+def test_a_submission_is_tried_five_times_in_all(example: Example) -> None:
+    example.edit(NUM_REQUESTS=2)
+    example.api.choose_fault = faulty(status(503, Retry_After="0"), polls=False)
+    run = example.run()
+    assert run.code == 1
+    assert run.states == {"req-001": "Failed", "req-002": "Failed"}
+    assert len(example.api.exchanges) == (10 if example.script.startswith("async_polling") else 5)
+
+
+@pytest.mark.parametrize("fault", cases(REFUSALS))
+def test_a_refused_submission_fails_alone(example: Example, fault: local_api.Fault) -> None:
+    example.api.choose_fault = faulty(fault, polls=False, only="req-002")
+    run = example.run()
+    is_single = example.script.startswith("async_polling")
+    assert run.code == 1
+    assert run.states["req-002"] == "Failed"
+    assert run.final["req-002"]["generation_id"] is None
+    assert Counter(run.states.values()) == (
+        {"Failed": 1, "Success": 3} if is_single else {"Failed": 4}
+    )
+
+
+def test_a_refusal_is_shown_in_the_servers_words(example: Example) -> None:
+    example.api.choose_fault = faulty(status(400, "too many tokens"), polls=False, only="req-002")
+    run = example.run()
+    table, details = run.stdout.split("Failed Requests")
+    assert "HTTP 400: too many tokens" in table.split("Response\n")[1]
+    assert "✗ req-002: HTTP 400: too many tokens" in details
+    assert run.final["req-002"]["error"] == "HTTP 400: too many tokens"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    cases(
+        LOCK_OUTS
+        | {
+            "402": status(402, "no credit"),
+            "429 for an hour": status(429, "come back later", Retry_After="3600"),
+        }
+    ),
+)
+def test_a_locked_out_submission_is_the_last(example: Example, fault: local_api.Fault) -> None:
+    example.edit(NUM_REQUESTS=20)
+    if example.script.startswith("async_polling"):
+        example.edit(MAX_CONCURRENT_POLLS=2)
+    example.api.choose_fault = faulty(fault, polls=False)
+    run = example.run()
+    assert run.code == 1
+    assert "Stopped: HTTP 4" in run.stdout
+    assert len(example.api.exchanges) <= 2
+    if example.script.startswith("async_polling"):
+        assert Counter(run.states.values()) == {"Failed": 2, "Not sent": 18}
+        assert "Not sent:      18" in run.stdout
+
+
+def test_what_was_accepted_before_a_lock_out_is_polled(single: Example) -> None:
+    single.edit(NUM_REQUESTS=9, MAX_CONCURRENT_POLLS=1)
+    single.api.choose_fault = faulty(status(402, "no credit"), polls=False, only="req-004")
+    run = single.run()
+    assert run.code == 1
+    assert Counter(run.states.values()) == {"Success": 3, "Failed": 1, "Not sent": 5}
+
+
+@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+def test_a_retry_after_holds_back_every_exchange(single: Example, polls: bool) -> None:
+    single.edit(MAX_CONCURRENT_POLLS=1)
+    choose = faulty(status(429, Retry_After="2"), polls=polls, times=1)
+    told: list[float] = []
+
+    def choose_once(request: local_api.web.Request, sent: local_api.Json) -> local_api.Fault | None:
+        now = time.monotonic()
+        # Not a limit on how long it takes: nothing at all may come before the time is up.
+        assert not told or now - told[0] >= 2
+        fault = None if told else choose(request, sent)
+        told.extend([now] if fault else [])
+        return fault
+
+    single.api.choose_fault = choose_once
+    run = single.run()
+    assert run.code == 0, run.stdout
+    assert told
+
+
+ECHOES = {
+    "in an error": status(400, f"bad key {API_KEY}!"),
+    "in a long error": status(400, "x" * 990 + API_KEY),
+    "in plain text": body(f"Bearer {API_KEY}".encode(), "text/plain", 400),
+    "in HTML": body(f"<p>Bearer {API_KEY}</p>".encode(), "text/html", 403),
+    "in a lock-out": status(401, f"{API_KEY} is not valid"),
+}
+
+
+@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+@pytest.mark.parametrize("fault", cases(ECHOES))
+def test_an_echoed_key_is_not_shown(example: Example, fault: local_api.Fault, polls: bool) -> None:
+    example.edit(MAX_POLL_ATTEMPTS=2)
+    example.api.choose_fault = faulty(fault, polls=polls)
+    run = example.run()  # which looks for the key in all that is shown and stored
+    assert run.code == 1
+
+
+def test_a_key_echoed_by_a_failed_generation_is_not_shown(example: Example) -> None:
+    example.api.alter = lambda generation: (
+        generation | {"state": "Failed", "stateMessage": f"{API_KEY} has no credit"}
+    )
+    run = example.run()
+    assert run.final["req-001"]["error"] == "[API key] has no credit"

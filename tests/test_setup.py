@@ -1,0 +1,367 @@
+"""What is found wrong before anything is sent, and the network settings that requests knows."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from conftest import API_KEY, SINGLE, Example
+from local_api import LocalApi, status
+
+BAD_CONSTANTS: list[tuple[str, Any]] = [
+    ("NUM_REQUESTS", 0),
+    ("NUM_REQUESTS", -1),
+    ("NUM_REQUESTS", 2.5),
+    ("NUM_REQUESTS", "10"),
+    ("NUM_REQUESTS", None),
+    ("NUM_REQUESTS", True),
+    ("POLL_INTERVAL_SECONDS", 0),
+    ("POLL_INTERVAL_SECONDS", -0.5),
+    ("POLL_INTERVAL_SECONDS", "1"),
+    ("POLL_INTERVAL_SECONDS", 1e300),
+    ("MAX_POLL_ATTEMPTS", 0),
+    ("MAX_POLL_ATTEMPTS", 1.0),
+    ("REQUEST_TIMEOUT_SECONDS", 0),
+    ("REQUEST_TIMEOUT_SECONDS", -30),
+    ("REQUEST_TIMEOUT_SECONDS", None),
+    ("REQUEST_TIMEOUT_SECONDS", 10**12),
+    ("RESULTS_DIR", "a file/inside"),
+    ("RESULTS_DIR", "a file"),
+    ("RESULTS_DIR", "no\0name"),
+    ("RESULTS_DIR", None),
+]
+BAD_ENVIRONMENT: list[tuple[str, str | None]] = [
+    ("INFERENCE_API_KEY", None),
+    ("INFERENCE_API_KEY", ""),
+    ("INFERENCE_API_KEY", " \n"),
+    ("INFERENCE_API_KEY", "sk-sécret"),
+    ("INFERENCE_API_KEY", "sk-sec\nret"),
+    ("INFERENCE_API_KEY", "sk-sec\x7fret"),
+    ("INFERENCE_API_KEY", "sk-“quoted”"),
+    ("INFERENCE_BASE_URL", ""),
+    ("INFERENCE_BASE_URL", "api.inference.net/v1"),
+    ("INFERENCE_BASE_URL", "ftp://127.0.0.1/v1"),
+    ("INFERENCE_BASE_URL", "file:///etc/passwd"),
+    ("INFERENCE_BASE_URL", "http://"),
+    ("INFERENCE_BASE_URL", "https://"),
+    ("INFERENCE_BASE_URL", "https:///v1"),
+    ("INFERENCE_BASE_URL", "http://api.inference.net/v1"),
+    ("INFERENCE_BASE_URL", "http://10.0.0.1/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1.example.com/v1"),
+    ("INFERENCE_BASE_URL", "http://localhost.example.com/v1"),
+    ("INFERENCE_BASE_URL", "http://localhost@example.com/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1:80@example.com/v1"),
+    ("INFERENCE_BASE_URL", "http://example.com\\@127.0.0.1/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1#@example.com/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1:99999/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1:port/v1"),
+    ("INFERENCE_BASE_URL", "https://[::1/v1"),
+    ("INFERENCE_BASE_URL", "https://api.inference.net/v1?key=1"),
+    ("INFERENCE_BASE_URL", "https://user:password@api.inference.net/v1"),
+    ("INFERENCE_BASE_URL", "https://api.inference.net /v1"),
+]
+
+
+def check_refused(example: Example, name: str, *arguments: str) -> str:
+    """Run it: it names what is wrong in a line, and sends nothing."""
+    run = example.run(*arguments)
+    assert run.code == 2
+    assert run.stdout == ""
+    assert name in run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert not example.api.exchanges
+    return run.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_CONSTANTS, ids=map(str, BAD_CONSTANTS))
+def test_a_constant_that_makes_no_sense(single: Example, name: str, value: Any) -> None:
+    (single.folder / "a file").write_text("")
+    single.edit(**{name: value})
+    if name == "RESULTS_DIR":
+        name = "" if value in (None, "no\0name") else value
+    check_refused(single, name)
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5])
+def test_a_pool_that_makes_no_sense(single: Example, value: float) -> None:
+    single.edit(MAX_CONCURRENT_POLLS=value)
+    check_refused(single, "MAX_CONCURRENT_POLLS")
+
+
+def test_questions_that_are_none(example: Example) -> None:
+    path = example.folder / example.script
+    text = path.read_text("utf-8")
+    path.write_text(
+        text.replace("def build_request", "SAMPLE_QUESTIONS = []\n\n\ndef build_request")
+    )
+    check_refused(example, "SAMPLE_QUESTIONS")
+
+
+def test_a_request_that_is_no_json(example: Example) -> None:
+    path = example.folder / example.script
+    text = path.read_text("utf-8")
+    path.write_text(text.replace('"max_tokens": 100,', '"max_tokens": {1, 2},'))
+    check_refused(example, "JSON")
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ENVIRONMENT, ids=map(repr, BAD_ENVIRONMENT))
+def test_an_environment_that_makes_no_sense(example: Example, name: str, value: str) -> None:
+    example.environment = example.environment | {name: value}
+    if name == "INFERENCE_API_KEY":
+        error = check_refused(example, name)
+        assert "s\\xe9cret" not in error
+        assert "ret" not in error.replace("pretty", "").replace("printable", "")
+    else:
+        check_refused(example, name)
+    check_refused(example, name, "--resume")
+    example.environment["INFERENCE_API_KEY"] = ""
+
+
+def test_more_than_a_group_holds(group: Example) -> None:
+    group.edit(NUM_REQUESTS=51)
+    error = check_refused(group, "NUM_REQUESTS")
+    assert "50" in error
+    assert SINGLE in error
+    group.edit(NUM_REQUESTS=50)
+    assert group.run().code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-option"], ["what.jsonl"], ["--resume", "a", "b"]]
+)
+def test_usage_that_is_wrong(example: Example, arguments: list[str]) -> None:
+    run = example.run(*arguments)
+    assert run.code == 2
+    assert "usage:" in run.stderr
+    assert not example.api.exchanges
+
+
+def test_help_fits_a_screen(example: Example) -> None:
+    run = example.run("--help")
+    assert run.code == 0
+    assert len(run.stdout.splitlines()) <= 24
+    assert max(map(len, run.stdout.splitlines())) <= 99
+    for word in ("--resume", "INFERENCE_API_KEY", "INFERENCE_BASE_URL", "130"):
+        assert word in run.stdout
+
+
+@pytest.mark.parametrize("key", [f"  {API_KEY}\n", f"{API_KEY}\r\n", f"\t{API_KEY}"])
+def test_white_space_round_the_key_is_stripped(example: Example, key: str) -> None:
+    example.environment = example.environment | {"INFERENCE_API_KEY": key}
+    assert example.run().code == 0
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_plain_http_to_the_loopback_is_fine(example: Example, host: str) -> None:
+    url = f" http://{host}:{example.api.port}/v1/ "
+    example.environment = example.environment | {"INFERENCE_BASE_URL": url}
+    assert example.run().code == 0
+
+
+def test_a_netrc_entry_does_not_replace_the_key(example: Example) -> None:
+    netrc = example.folder / "netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password else\n")
+    netrc.chmod(0o600)
+    example.environment = example.environment | {"NETRC": str(netrc)}
+    assert example.run().code == 0
+
+
+def test_a_redirect_is_not_followed(example: Example) -> None:
+    with LocalApi(seconds=(0, 0)) as elsewhere:
+        for code in (301, 302, 307, 308):
+            url = f"{elsewhere.url}/async/chat/completions"
+            example.api.choose_fault = lambda request, sent, c=code, u=url: status(c, Location=u)
+            assert example.run().code == 1
+        assert not elsewhere.exchanges
+
+
+# Failing to connect, and TLS
+
+
+def refused_port() -> int:
+    """Return a port of the loopback interface where nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def unanswered_port() -> Iterator[int]:
+    """A port whose backlog is full, so that connecting to it times out."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def check_never_sent(example: Example, word: str, **environment: str) -> None:
+    """Run it: each request failed, surely not carried out, for the reason that has word in it."""
+    example.edit(NUM_REQUESTS=2, REQUEST_TIMEOUT_SECONDS=0.2, MAX_SUBMIT_ATTEMPTS=2)
+    example.environment = example.environment | environment
+    run = example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Failed"}
+    assert word in run.final["req-001"]["error"]
+    assert not example.api.generations
+
+
+def test_a_connection_that_is_refused(example: Example) -> None:
+    url = f"http://127.0.0.1:{refused_port()}/v1"
+    check_never_sent(example, "refused", INFERENCE_BASE_URL=url)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog times out on Linux only")
+def test_a_connection_that_times_out(example: Example) -> None:
+    with unanswered_port() as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        check_never_sent(example, "Timeout", INFERENCE_BASE_URL=url)
+
+
+def test_a_host_that_is_not_found(example: Example) -> None:
+    check_never_sent(example, "Error", INFERENCE_BASE_URL="https://no-such-host.invalid/v1")
+
+
+def test_tls_where_there_is_none(example: Example) -> None:
+    url = example.api.url.replace("http:", "https:")
+    check_never_sent(example, "SSLError", INFERENCE_BASE_URL=url)
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    """A certificate authority that nobody knows."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_api(authority: trustme.CA) -> Iterator[LocalApi]:
+    """The local API behind TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with LocalApi(seconds=(0, 0), tls=context) as local_api:
+        yield local_api
+
+
+BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+@pytest.fixture
+def tls_example(example: Example, tls_api: LocalApi) -> Example:
+    """Each script, led to the API behind TLS, with the system's idea of whom to trust."""
+    example.api = tls_api
+    example.environment = tls_api.environment | dict.fromkeys(BUNDLES)  # type: ignore[operator]
+    return example
+
+
+def test_a_certificate_that_is_not_trusted(tls_example: Example) -> None:
+    run = tls_example.run()
+    assert run.code == 1
+    assert "certificate verify failed" in run.stdout
+    assert "Stopped: SSLError" in run.stdout
+    assert not tls_example.api.exchanges
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_ca_bundle_of_ones_own(
+    tls_example: Example, authority: trustme.CA, name: str, tmp_path: Path
+) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls_example.environment[name] = str(tmp_path / "ca.pem")
+    assert tls_example.run().code == 0
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_a_ca_bundle_that_is_none(
+    tls_example: Example, tmp_path: Path, content: bytes | None
+) -> None:
+    if content:
+        (tmp_path / "ca.pem").write_bytes(content)
+    tls_example.edit(NUM_REQUESTS=1, MAX_SUBMIT_ATTEMPTS=2)
+    tls_example.environment["REQUESTS_CA_BUNDLE"] = str(tmp_path / "ca.pem")
+    run = tls_example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Failed"}
+    assert "ca.pem" in run.stdout or "SSLError" in run.stdout
+    assert not tls_example.api.exchanges
+
+
+class Proxy:
+    """A proxy on the loopback interface that tunnels, or refuses to."""
+
+    def __init__(self, answer: bytes = b"200 OK") -> None:
+        self.answer = answer
+        self.asked: list[str] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one connection."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.asked.append(head.split()[1])
+        writer.write(b"HTTP/1.1 " + self.answer + b"\r\n\r\n")
+        if not self.answer.startswith(b"200"):
+            writer.close()
+            return
+        host, port = self.asked[-1].split(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(self.pipe(reader, far_writer), self.pipe(far_reader, writer))
+
+    async def pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one direction."""
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    def __enter__(self) -> "Proxy":
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        starting = asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.server = asyncio.run_coroutine_threadsafe(starting, self.loop).result()
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.server.close)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def through(example: Example, proxy: str) -> None:
+    """Lead the script through a proxy."""
+    example.edit(NUM_REQUESTS=2, MAX_SUBMIT_ATTEMPTS=2)
+    example.environment |= {"HTTPS_PROXY": proxy, "NO_PROXY": "", "no_proxy": ""}
+
+
+def test_a_proxy_is_used(tls_example: Example, authority: trustme.CA, tmp_path: Path) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls_example.environment["REQUESTS_CA_BUNDLE"] = str(tmp_path / "ca.pem")
+    with Proxy() as proxy:
+        through(tls_example, proxy.url)
+        assert tls_example.run().code == 0
+        assert set(proxy.asked) == {f"127.0.0.1:{tls_example.api.port}"}
+
+
+def test_a_proxy_that_refuses(tls_example: Example) -> None:
+    with Proxy(b"407 Proxy Authentication Required") as proxy:
+        through(tls_example, proxy.url)
+        run = tls_example.run()
+    assert run.code == 1
+    assert "407" in run.final["req-001"]["error"]
+    assert set(run.states.values()) == {"Failed"}
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://proxy", "http://", "http://127.0.0.1:1"])
+def test_a_proxy_that_is_none(tls_example: Example, proxy: str) -> None:
+    through(tls_example, proxy)
+    run = tls_example.run()
+    assert run.code == 1
+    assert set(run.states.values()) <= {"Failed", "Not sent"}
+    assert "roxy" in run.final["req-001"]["error"]
