@@ -410,7 +410,7 @@ def bar(done: int, total: int, columns: int) -> str:
 def say(text: str, is_live: bool = False) -> None:
     """Show text in the place of the live line, or as the live line."""
     global live_columns, said_at
-    erase = "\r" + " " * live_columns + "\r" if live_columns else ""
+    erase = "\r" + " " * (live_columns + len("^C")) + "\r" if live_columns else ""
     print(erase + text, end="" if is_live else "\n", flush=True)
     live_columns = width(text) if is_live else 0
     said_at = time.monotonic()
@@ -421,12 +421,12 @@ def show_waiting(records: list[Record], attempt: int, since: float, trouble: str
     outcomes = Counter(map(outcome_of, records))
     running = sum(record.state == IN_PROGRESS for record in records)
     queued = outcomes["Unfinished"] - running
-    gauge = bar(outcomes["Successful"] + outcomes["Failed"], len(records), 6)
+    gauge = bar(outcomes["Successful"] + outcomes["Failed"], len(records), 4)
     passed = timedelta(seconds=int(time.monotonic() - since))
     text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
     if sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 3), is_live=True)
+        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
         say("  " + fit(text, 200).rstrip())
 
@@ -519,8 +519,9 @@ def show_ending(records: list[Record], results_name: str, resume_command: str) -
             show_section(f"{outcome} Requests")
         for record in listed:
             name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
-            text = f"{STATUSES[outcome][0]} {name}: {record.error or record.state}"
-            say(textwrap.indent(textwrap.fill(fit(text, 1000), 76), "    "))
+            text = fit(f"{STATUSES[outcome][0]} {name}: {record.error or record.state}", 1000)
+            letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
+            say(textwrap.indent(textwrap.fill(text, letters), "    "))
         if listed and hint:
             say(hint)
     counts = Counter(map(outcome_of, records))

@@ -295,8 +295,16 @@ class LocalApi:
         self.runner = asyncio.run_coroutine_threadsafe(self.start(), self.loop).result()
         return self
 
+    async def stop(self) -> None:
+        """End what is being served, stalled answers included."""
+        await self.runner.cleanup()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result()
+        asyncio.run_coroutine_threadsafe(self.stop(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()

@@ -116,12 +116,9 @@ def test_an_environment_that_makes_no_sense(example: Example, name: str, value: 
     example.environment = example.environment | {name: value}
     if name == "INFERENCE_API_KEY":
         error = check_refused(example, name)
-        assert "s\\xe9cret" not in error
         assert "ret" not in error.replace("pretty", "").replace("printable", "")
     else:
         check_refused(example, name)
-    check_refused(example, name, "--resume")
-    example.environment["INFERENCE_API_KEY"] = ""
 
 
 def test_more_than_a_group_holds(group: Example) -> None:
