@@ -258,11 +258,6 @@ class Record:
 Batch = list[Record]  # what travels in one exchange; here all records
 
 
-def batches_of(records: list[Record]) -> list[Batch]:
-    """Divide records into what travels together."""
-    return [records]
-
-
 def polled_id(record: Record) -> str | None:
     """Return the id by which the API tells about the request, once it has accepted it."""
     return record.group_id
@@ -282,14 +277,14 @@ def is_unfinished(record: Record) -> bool:
     return outcome_of(record) == "Unfinished"
 
 
-def dig(value: Any, *path: str | int) -> Any:
-    """Follow path into JSON; None where a step is missing or of another type."""
-    for step in path:
-        try:
+def dig(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow path into JSON; return what is there if it is of that kind, and else None."""
+    try:
+        for step in path:
             value = value[step]
-        except (LookupError, TypeError):
-            return None
-    return value
+    except (LookupError, TypeError):
+        return None
+    return value if isinstance(value, kind) else None
 
 
 def parse_time(text: object) -> datetime | None:
@@ -306,19 +301,16 @@ def parse_time(text: object) -> datetime | None:
 def apply(record: Record, generation: Json) -> None:
     """Copy into record what is known of its generation, any field of which may be odd."""
     record.state = generation["state"]
-    message = generation.get("stateMessage")
-    reason = message if isinstance(message, str) and message else "no reason given"
+    reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = hide_key(reason) if record.state == FAILED else None
-    choice = dig(generation, "response", "choices", 0)
-    content = dig(choice, "message", "content")
+    content = dig(generation, object, "response", "choices", 0, "message", "content")
     parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else dig(part, "text") for part in parts]
-    record.response = "".join(text for text in texts if isinstance(text, str)) or None
-    finish_reason = dig(choice, "finish_reason")
-    record.finish_reason = finish_reason if isinstance(finish_reason, str) else None
+    texts = [part if isinstance(part, str) else dig(part, str, "text") for part in parts]
+    record.response = "".join(filter(None, texts)) or None
+    record.finish_reason = dig(generation, str, "response", "choices", 0, "finish_reason")
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        count = dig(generation, "response", "usage", name)
-        setattr(record, name, count if type(count) is int and 0 <= count < MAX_NUMBER else None)
+        count = dig(generation, int, "response", "usage", name)
+        setattr(record, name, count if count is None or 0 <= count < MAX_NUMBER else None)
     dispatched = parse_time(generation.get("dispatchedAt"))
     finished = parse_time(generation.get("finishedAt"))
     if dispatched and finished and finished >= dispatched:
@@ -397,9 +389,8 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
     return text + " " * (columns - width(text))
 
 
-def show_plainly(error: UnicodeError) -> tuple[str, int]:
+def show_plainly(error: Any) -> tuple[str, int]:
     """Replace a character that stdout can't show: the error handler for its encoding."""
-    assert isinstance(error, UnicodeEncodeError)
     return PLAIN_SYMBOLS.get(error.object[error.start], "?"), error.start + 1
 
 
@@ -684,9 +675,9 @@ def take(generation: Any, batch: Batch, strays: list[Record]) -> list[Record]:
     The echoed custom_id decides, and the first final generation that echoes one. Any other
     final generation is a stray: it answers no question, but its answer is paid for, and kept.
     """
-    if not isinstance(dig(generation, "state"), str):
+    if dig(generation, str, "state") is None:
         return []
-    custom_id = dig(generation, "request", "metadata", "custom_id")
+    custom_id = dig(generation, str, "request", "metadata", "custom_id")
     record = Record(None, "", batch[0].group_id, usable_id(generation.get("id")))
     apply(record, generation)
     for asked in batch:
@@ -802,7 +793,7 @@ def main() -> int:
     name, started, stop = str(results.name), time.monotonic(), None
     strays = [record for record in records if record.custom_id is None]
     records = [record for record in records if record.custom_id is not None]
-    batches = batches_of(records)
+    batches = [records]
     show_banner("INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE")
     say(f"""
   Configuration:

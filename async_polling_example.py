@@ -256,11 +256,6 @@ class Record:
 Batch = list[Record]  # what travels in one exchange; here a single record
 
 
-def batches_of(records: list[Record]) -> list[Batch]:
-    """Divide records into what travels together."""
-    return [[record] for record in records]
-
-
 def polled_id(record: Record) -> str | None:
     """Return the id by which the API tells about the request, once it has accepted it."""
     return record.generation_id
@@ -280,14 +275,14 @@ def is_unfinished(record: Record) -> bool:
     return outcome_of(record) == "Unfinished"
 
 
-def dig(value: Any, *path: str | int) -> Any:
-    """Follow path into JSON; None where a step is missing or of another type."""
-    for step in path:
-        try:
+def dig(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow path into JSON; return what is there if it is of that kind, and else None."""
+    try:
+        for step in path:
             value = value[step]
-        except (LookupError, TypeError):
-            return None
-    return value
+    except (LookupError, TypeError):
+        return None
+    return value if isinstance(value, kind) else None
 
 
 def parse_time(text: object) -> datetime | None:
@@ -304,19 +299,16 @@ def parse_time(text: object) -> datetime | None:
 def apply(record: Record, generation: Json) -> None:
     """Copy into record what is known of its generation, any field of which may be odd."""
     record.state = generation["state"]
-    message = generation.get("stateMessage")
-    reason = message if isinstance(message, str) and message else "no reason given"
+    reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = hide_key(reason) if record.state == FAILED else None
-    choice = dig(generation, "response", "choices", 0)
-    content = dig(choice, "message", "content")
+    content = dig(generation, object, "response", "choices", 0, "message", "content")
     parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else dig(part, "text") for part in parts]
-    record.response = "".join(text for text in texts if isinstance(text, str)) or None
-    finish_reason = dig(choice, "finish_reason")
-    record.finish_reason = finish_reason if isinstance(finish_reason, str) else None
+    texts = [part if isinstance(part, str) else dig(part, str, "text") for part in parts]
+    record.response = "".join(filter(None, texts)) or None
+    record.finish_reason = dig(generation, str, "response", "choices", 0, "finish_reason")
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        count = dig(generation, "response", "usage", name)
-        setattr(record, name, count if type(count) is int and 0 <= count < MAX_NUMBER else None)
+        count = dig(generation, int, "response", "usage", name)
+        setattr(record, name, count if count is None or 0 <= count < MAX_NUMBER else None)
     dispatched = parse_time(generation.get("dispatchedAt"))
     finished = parse_time(generation.get("finishedAt"))
     if dispatched and finished and finished >= dispatched:
@@ -395,9 +387,8 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
     return text + " " * (columns - width(text))
 
 
-def show_plainly(error: UnicodeError) -> tuple[str, int]:
+def show_plainly(error: Any) -> tuple[str, int]:
     """Replace a character that stdout can't show: the error handler for its encoding."""
-    assert isinstance(error, UnicodeEncodeError)
     return PLAIN_SYMBOLS.get(error.object[error.start], "?"), error.start + 1
 
 
@@ -632,8 +623,8 @@ def submit(session: Session, batch: Batch) -> Json:
 def poll(session: Session, batch: Batch) -> Json:
     """Return the batch's generation as it is now; ApiError also if it is another request's."""
     generation = fetch_generation(session, str(batch[0].generation_id), REQUEST_TIMEOUT_SECONDS)
-    echoed = dig(generation, "request", "metadata", "custom_id")
-    if isinstance(echoed, str) and echoed not in ("", batch[0].custom_id):
+    echoed = dig(generation, str, "request", "metadata", "custom_id")
+    if echoed and echoed != batch[0].custom_id:
         raise ApiError(UNCERTAIN, f"the answer is to another request, {echoed}")
     return generation
 
@@ -752,7 +743,7 @@ def main() -> int:
         return 2
 
     name, started, stop = str(results.name), time.monotonic(), None
-    batches = batches_of(records)
+    batches = [[record] for record in records]
     show_banner("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
     say(f"""
   Configuration:

@@ -1,11 +1,10 @@
-"""What the project promises of itself: one text in two scripts, parts that can be copied, a README."""
+"""What the project promises of itself: one text in two scripts, parts to copy, a README."""
 
 import ast
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ README = (TOP / "README.md").read_text("utf-8")
 
 # What the two scripts define differently, since the two APIs differ in it.
 DIFFERENT = {
-    *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_CONCURRENT_POLLS", "RESULTS_PREFIX"),
-    *("Record", "batches_of", "polled_id", "read_results"),
+    *("POLL_INTERVAL_SECONDS", "MAX_CONCURRENT_POLLS", "RESULTS_PREFIX"),
+    *("Record", "polled_id", "read_results"),
     *("show_submission", "submit", "poll", "poll_all", "check_configuration", "main"),
 }
 ONLY_SINGLE = {"submit_generation", "fetch_generation", "show_finished"}
@@ -188,11 +187,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_excerpts_in_the_readme_are_the_code() -> None:
-    code = {textwrap.dedent(line) for script in SCRIPTS for line in [(TOP / script).read_text("utf-8")]}
     sources = [(TOP / script).read_text("utf-8") for script in SCRIPTS]
     flat = ["\n".join(line.strip() for line in source.splitlines()) for source in sources]
     excerpts = [block for block in blocks("python") if "import pandas" not in block]
-    assert code
     assert len(excerpts) >= 4
     for excerpt in excerpts:
         if "questions.txt" in excerpt:
@@ -233,6 +230,18 @@ def test_the_readers_of_the_results_file_work(example: Example) -> None:
                 assert "The capital of France is Paris." in done.stdout
 
 
+def test_pandas_reads_the_results_as_the_readme_has_it(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example.run()
+    monkeypatch.chdir(example.folder)
+    [lines] = [block for block in blocks("python") if "import pandas" in block]
+    namespace: dict[str, Any] = {}
+    exec(lines.replace("NAME.jsonl", run.results.name), namespace)
+    assert list(namespace["answers"]["state"]) == ["Success"] * 4
+    assert list(namespace["answers"]["question"]) == [row["question"] for row in run.final.values()]
+
+
 def test_the_figures_in_the_readme_are_the_scripts() -> None:
     for script in SCRIPTS:
         for name in re.findall(r"^([A-Z_]+) = \d", (TOP / script).read_text("utf-8"), re.M):
@@ -243,4 +252,6 @@ def test_the_figures_in_the_readme_are_the_scripts() -> None:
 def test_the_picture_is_of_a_run() -> None:
     picture = (TOP / ".github" / "run.svg").read_text("utf-8")
     assert ".github/run.svg" in README
-    assert "Generation complete!" in picture.replace("&#160;", " ").replace("\N{NO-BREAK SPACE}", " ")
+    assert "Generation complete!" in picture.replace("&#160;", " ").replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
