@@ -239,7 +239,8 @@ def test_pandas_reads_the_results_as_the_readme_has_it(
     namespace: dict[str, Any] = {}
     exec(lines.replace("NAME.jsonl", run.results.name), namespace)
     assert list(namespace["answers"]["state"]) == ["Success"] * 4
-    assert list(namespace["answers"]["question"]) == [row["question"] for row in run.final.values()]
+    read = dict(namespace["answers"][["custom_id", "response"]].itertuples(index=False))
+    assert read == {custom_id: row["response"] for custom_id, row in run.final.items()}
 
 
 def test_the_figures_in_the_readme_are_the_scripts() -> None:
