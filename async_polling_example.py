@@ -7,13 +7,10 @@
 A new run submits every question, then polls each generation until it is final. With --resume
 nothing is submitted: what an earlier run left unfinished is polled, and its file added to.
 
-environment:
-  INFERENCE_API_KEY    your key; needed
-  INFERENCE_BASE_URL   where the API is; https://api.inference.net/v1 unless set
+environment: INFERENCE_API_KEY, your key; INFERENCE_BASE_URL, if the API is somewhere else
 
-exit codes: 0 every request succeeded; 1 some failed, are unfinished, were not sent, or may or
-may not have been accepted; 2 a mistake in configuration or usage, and nothing was sent;
-130 interrupted
+exit codes: 0 every request succeeded; 1 some failed, are unfinished or unknown, or were not sent;
+2 a mistake in configuration or usage, nothing was sent; 130 interrupted
 """
 
 import argparse
@@ -134,17 +131,18 @@ def exchange(session: Session, path: str, timeout_seconds: float, body: Json | N
     # A file object is read once the connection stands and not before, so that its position
     # tells whether anything of the request's body can have reached the server.
     payload = io.BytesIO(json.dumps(body).encode()) if body else None
+    content_type = {"Content-Type": "application/json"} if body else {}
+    method, url = "POST" if body else "GET", base_url() + path
 
     def authorize(request: PreparedRequest) -> PreparedRequest:  # .netrc overrides a plain header
-        request.headers["Authorization"] = f"Bearer {api_key()}"
+        request.headers.update({"Authorization": f"Bearer {api_key()}", **content_type})
         return request
 
     try:
         response = session.request(
-            "POST" if body else "GET",
-            base_url() + path,
+            method,
+            url,
             data=payload,
-            headers={"Content-Type": "application/json"} if body else None,
             auth=authorize,
             timeout=timeout_seconds,
             allow_redirects=False,
@@ -233,6 +231,7 @@ def fetch_generation(session: Session, generation_id: str, timeout_seconds: floa
 
 NOT_SENT, SUBMITTING, UNKNOWN = "Not sent", "Submitting", "Unknown"  # before the API has a word
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # its words
+PENDING = "Pending"  # the outcome, so far, of what is accepted and not final
 MAX_NUMBER = 2**53  # the end of what every JSON reader agrees on
 
 
@@ -253,26 +252,23 @@ class Record:
     error: str | None = None
 
 
+POLLED_ID = "generation_id"  # the field with the id by which the API is polled
+
 Batch = list[Record]  # what travels in one exchange; here a single record
 
 
-def polled_id(record: Record) -> str | None:
-    """Return the id by which the API tells about the request, once it has accepted it."""
-    return record.generation_id
-
-
 def outcome_of(record: Record) -> str:
-    """Return which of STATUSES the record has come to."""
+    """Return what the record has come to: SUCCESS, FAILED, UNKNOWN, PENDING or NOT_SENT."""
     if record.state in (SUCCESS, FAILED):
-        return "Successful" if record.state == SUCCESS else "Failed"
-    if polled_id(record):
-        return "Unfinished"
-    return "Unknown" if record.state in (SUBMITTING, UNKNOWN) else "Not sent"
+        return record.state
+    if getattr(record, POLLED_ID):
+        return PENDING
+    return UNKNOWN if record.state in (SUBMITTING, UNKNOWN) else NOT_SENT
 
 
-def is_unfinished(record: Record) -> bool:
-    """Tell whether a generation has been accepted, and is not final."""
-    return outcome_of(record) == "Unfinished"
+def is_pending(record: Record) -> bool:
+    """Tell whether the API has accepted the request, and its answer is still to come."""
+    return outcome_of(record) == PENDING
 
 
 def dig(value: Any, kind: type, *path: str | int) -> Any:
@@ -341,11 +337,13 @@ def read_results(path: Path) -> tuple[list[Record], int]:
         for row in map(json.loads, lines):
             record = Record(**row)
             records[record.custom_id] = record
-            numbers = [value for value in row.values() if isinstance(value, (int, float))]
-            types_fit = all(isinstance(row[name], kind) for name, kind in types.items())
-            numbers_fit = all(0 <= number < MAX_NUMBER for number in numbers)
-            if not types_fit or not numbers_fit or not usable_id(polled_id(record) or "none"):
+            if not usable_id(row[POLLED_ID] or "none"):
                 raise ValueError
+            for name, kind in types.items():
+                value = row[name]
+                is_absurd = isinstance(value, (int, float)) and not 0 <= value < MAX_NUMBER
+                if is_absurd or not isinstance(value, kind):
+                    raise ValueError
     except (ValueError, TypeError, LookupError, RecursionError):
         records = {}
     if not any(record.custom_id for record in records.values()):
@@ -355,13 +353,8 @@ def read_results(path: Path) -> tuple[list[Record], int]:
 
 # --- The screen ---
 
-STATUSES = {  # what each outcome is called in the table; they are counted in this order
-    "Successful": "✓ Success",
-    "Failed": "✗ Failed",
-    "Unknown": "? Unknown",
-    "Unfinished": "… Pending",
-    "Not sent": "- Not sent",
-}
+MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
+LABELS = dict(zip(MARKS, ("Successful", FAILED, UNKNOWN, "Unfinished", NOT_SENT), strict=True))
 PLAIN_SYMBOLS = dict(zip("█░✓✗…•→⏳", "#-+x.*>~", strict=True))  # for a stdout that can't show them
 MAX_TABLE_ROWS = 50
 MAX_SILENCE_SECONDS = 60
@@ -411,8 +404,8 @@ def show_waiting(records: list[Record], attempt: int, since: float, trouble: str
     """Show what is waited for: in the live line of a terminal, or once a minute elsewhere."""
     outcomes = Counter(map(outcome_of, records))
     running = sum(record.state == IN_PROGRESS for record in records)
-    queued = outcomes["Unfinished"] - running
-    gauge = bar(outcomes["Successful"] + outcomes["Failed"], len(records), 4)
+    queued = outcomes[PENDING] - running
+    gauge = bar(outcomes[SUCCESS] + outcomes[FAILED], len(records), 4)
     passed = timedelta(seconds=int(time.monotonic() - since))
     text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
     if sys.stdout.isatty():
@@ -435,7 +428,7 @@ def show_section(title: str) -> None:
 def show_submission(batch: Batch) -> None:
     """Show what came of a submission."""
     [record] = batch
-    mark, fate = STATUSES[outcome_of(record)][0], record.error or ""
+    mark, fate = MARKS[outcome_of(record)], record.error or ""
     if record.generation_id:
         mark, fate = "✓", fit(record.generation_id, 15)
     question = fit(record.question, 44).rstrip()
@@ -444,16 +437,16 @@ def show_submission(batch: Batch) -> None:
 
 def show_finished(record: Record, done: int, total: int) -> None:
     """Show a generation that has just become final, and how many have."""
-    mark, percent = STATUSES[outcome_of(record)][0], done * 100 // total
+    mark, percent = MARKS[outcome_of(record)], done * 100 // total
     say(f"  [{done:>3}/{total}] {bar(done, total, 30)} {percent}% {mark} {record.custom_id}")
 
 
 def show_figures(records: list[Record], wall_seconds: float, finished: int) -> None:
     """Show success rate, performance and tokens; finished: how many became final in this run."""
     counts = Counter(map(outcome_of, records))
-    done, total = counts["Successful"], len(records)
-    shown = [name for name in STATUSES if counts[name] or name in ("Successful", "Failed")]
-    lines = "".join(f"      {name + ':':<13}{counts[name]:>4}\n" for name in shown)
+    done, total = counts[SUCCESS], len(records)
+    shown = [outcome for outcome in MARKS if counts[outcome] or outcome in (SUCCESS, FAILED)]
+    lines = "".join(f"      {LABELS[each] + ':':<13}{counts[each]:>4}\n" for each in shown)
     durations = [record.duration_ms for record in records if record.duration_ms is not None] or [0]
     completions = [record.completion_tokens for record in records if record.completion_tokens]
     say(f"""
@@ -490,9 +483,9 @@ def show_table(records: list[Record], results_name: str) -> None:
             answer = fit(record.response or "(no text)", 25, at_word=True)
         if record.state == SUCCESS and record.finish_reason == "length":
             answer = fit(answer, 12) + " [max_tokens]"
-        name, status = fit(f"{record.custom_id}", 10), fit(STATUSES[outcome_of(record)], 10)
+        name, outcome = fit(f"{record.custom_id}", 10), outcome_of(record)
         question = fit(fit(record.question, 28), 30)
-        say(f"  {name} {status} {question} {fit(answer, 25).rstrip()}")
+        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {fit(answer, 25).rstrip()}")
     if len(records) > MAX_TABLE_ROWS:
         say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
 
@@ -500,23 +493,23 @@ def show_table(records: list[Record], results_name: str) -> None:
 def show_ending(records: list[Record], results_name: str, resume_command: str) -> None:
     """Show what did not succeed and what to do about it, and where the results are."""
     advice = {
-        "Failed": "",
-        "Unknown": "\n    Perhaps accepted and paid for: look in the dashboard, then send anew.",
-        "Unfinished": f"\n    Paid for, and still to be fetched:\n      {resume_command}",
+        FAILED: "",
+        UNKNOWN: "\n    Perhaps accepted and paid for: look in the dashboard, then send anew.",
+        PENDING: f"\n    Paid for, and still to be fetched:\n      {resume_command}",
     }
     for outcome, hint in advice.items():
         listed = [record for record in records if outcome_of(record) == outcome]
         if listed:
-            show_section(f"{outcome} Requests")
+            show_section(f"{LABELS[outcome]} Requests")
         for record in listed:
             name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
-            text = fit(f"{STATUSES[outcome][0]} {name}: {record.error or record.state}", 1000)
+            text = fit(f"{MARKS[outcome]} {name}: {record.error or record.state}", 1000)
             letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
             say(textwrap.indent(textwrap.fill(text, letters), "    "))
         if listed and hint:
             say(hint)
     counts = Counter(map(outcome_of, records))
-    left = [f"{counts[name]} {name.lower()}" for name in list(STATUSES)[2:] if counts[name]]
+    left = [f"{counts[each]} {LABELS[each].lower()}" for each in list(MARKS)[2:] if counts[each]]
     say(f"\n  Results: {results_name}\n")
     show_banner(f"Not complete: {', '.join(left)}" if left else "Generation complete!")
 
@@ -614,10 +607,10 @@ def carry_out(
     return stop
 
 
-def submit(session: Session, batch: Batch) -> Json:
-    """Submit the batch; return what its records gain by that."""
+def submit(session: Session, batch: Batch) -> str:
+    """Submit the batch; return the id by which it is polled."""
     request = build_request(batch[0].custom_id, batch[0].question)
-    return {"generation_id": submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)}
+    return submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
 
 
 def poll(session: Session, batch: Batch) -> Json:
@@ -632,7 +625,7 @@ def poll(session: Session, batch: Batch) -> Json:
 def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
     """Submit every batch, and record what came of it; return what ended that early, if anything."""
 
-    def settle(batch: Batch, attempt: int, outcome: Json | ApiError) -> float | None:
+    def settle(batch: Batch, attempt: int, outcome: str | ApiError) -> float | None:
         delay_seconds = None
         if isinstance(outcome, ApiError):
             state = UNKNOWN if outcome.ending == UNCERTAIN else FAILED
@@ -640,7 +633,7 @@ def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None
                 state, delay_seconds = NOT_SENT, 2 ** (attempt - 1) * random.uniform(0.5, 1)
             changes: Json = {"state": state, "error": str(outcome)}
         else:
-            changes = {"state": QUEUED, "error": None, **outcome}
+            changes = {"state": QUEUED, "error": None, POLLED_ID: outcome}
         for record in batch:
             vars(record).update(changes)
         save(results, batch)
@@ -651,7 +644,7 @@ def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None
     stop = carry_out(batches, submit, settle, results)
     if not isinstance(stop, OSError):
         records = itertools.chain(*batches)
-        save(results, [record for record in records if outcome_of(record) == "Not sent"])
+        save(results, [record for record in records if outcome_of(record) == NOT_SENT])
     return stop
 
 
@@ -662,7 +655,7 @@ def poll_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
     def settle(batch: Batch, attempt: int, outcome: Json | ApiError) -> float | None:
         if not isinstance(outcome, ApiError):
             apply(batch[0], outcome)
-        if is_unfinished(batch[0]):
+        if is_pending(batch[0]):
             return POLL_INTERVAL_SECONDS if attempt < MAX_POLL_ATTEMPTS else None
         save(results, batch)
         show_finished(batch[0], next(done), len(batches))
@@ -712,7 +705,7 @@ def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
             if name:
                 raise
             continue
-        if name or any(map(is_unfinished, records)):
+        if name or any(map(is_pending, records)):
             results = io.FileIO(path, "ab")
             results.truncate(whole_bytes)
             return records, results
@@ -757,7 +750,7 @@ def main() -> int:
     if resume is None:
         show_section(f"Submitting {len(records)} Requests")
         stop = submit_all(batches, results)
-    unfinished = [batch for batch in batches if any(map(is_unfinished, batch))]
+    unfinished = [batch for batch in batches if any(map(is_pending, batch))]
     if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
         show_section("Polling for Results")
         stop = poll_all(unfinished, results) or stop
@@ -772,7 +765,7 @@ def main() -> int:
     show_ending(records, name, shlex.join(["uv", "run", sys.argv[0], "--resume", name]))
     if isinstance(stop, KeyboardInterrupt):
         return 130
-    return 0 if all(outcome_of(record) == "Successful" for record in records) else 1
+    return 0 if all(outcome_of(record) == SUCCESS for record in records) else 1
 
 
 if __name__ == "__main__":

@@ -105,27 +105,21 @@ def test_a_poll_of_a_group_that_fails_is_made_again(group: Example) -> None:
     assert f"[{len(faults) + 1:>3}] |███" in run.stdout
 
 
-def check_left_unfinished(example: Example, count: int) -> None:
-    """Run it: nothing failed, all is unfinished; and then resume it, when nothing is wrong."""
-    run = example.run()
-    assert run.code == 1
-    assert set(run.states.values()) == {"Queued"}
-    assert "Failed:         0" in run.stdout
-    assert f"Unfinished:  {count:>4}" in run.stdout
-    assert f"Not complete: {count} unfinished" in run.stdout
-    assert f"--resume results/{run.results.name}" in run.stdout
-    example.api.choose_fault = lambda request, sent: None
-    resumed = example.run("--resume")
-    assert resumed.code == 0, resumed.stdout
-    assert set(resumed.states.values()) == {"Success"}
-    assert len(example.api.generations) == count
-
-
 def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> None:
     faults = [*POLL_FAULTS.values(), status(404)]
     single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20, MAX_POLL_ATTEMPTS=2)
     single.api.choose_fault = one_each(single.api, faults, polls=True)
-    check_left_unfinished(single, len(faults))
+    run = single.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Queued"}
+    assert "Failed:         0" in run.stdout
+    assert f"Unfinished:  {len(faults):>4}" in run.stdout
+    assert f"--resume results/{run.results.name}" in run.stdout
+    single.api.choose_fault = lambda request, sent: None
+    resumed = single.run("--resume")
+    assert resumed.code == 0, resumed.stdout
+    assert set(resumed.states.values()) == {"Success"}
+    assert len(single.api.generations) == len(faults)
 
 
 @pytest.mark.parametrize("fault", cases(POLL_FAULTS))
@@ -134,7 +128,11 @@ def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(
 ) -> None:
     group.edit(MAX_POLL_ATTEMPTS=2)
     group.api.choose_fault = faulty(fault, polls=True)
-    check_left_unfinished(group, 4)
+    run = group.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Queued"}
+    assert "Not complete: 4 unfinished" in run.stdout
+    assert f"--resume results/{run.results.name}" in run.stdout
 
 
 @pytest.mark.parametrize("fault", cases(LOCK_OUTS))

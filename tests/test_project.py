@@ -19,7 +19,7 @@ README = (TOP / "README.md").read_text("utf-8")
 # What the two scripts define differently, since the two APIs differ in it.
 DIFFERENT = {
     *("POLL_INTERVAL_SECONDS", "MAX_CONCURRENT_POLLS", "RESULTS_PREFIX"),
-    *("Record", "polled_id", "read_results"),
+    *("Record", "POLLED_ID", "read_results"),
     *("show_submission", "submit", "poll", "poll_all", "check_configuration", "main"),
 }
 ONLY_SINGLE = {"submit_generation", "fetch_generation", "show_finished"}
