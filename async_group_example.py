@@ -654,9 +654,11 @@ def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None
         return delay_seconds
 
     stop = carry_out(batches, submit, settle, results)
-    if not isinstance(stop, OSError):
-        records = itertools.chain(*batches)
+    records = itertools.chain(*batches)
+    try:
         save(results, [record for record in records if outcome_of(record) == NOT_SENT])
+    except OSError as error:
+        stop = stop or error
     return stop
 
 
@@ -737,7 +739,7 @@ def new_run() -> tuple[list[Record], io.FileIO]:
         json.dumps(build_request(f"{record.custom_id}", record.question))
     folder = Path(RESULTS_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{RESULTS_PREFIX}-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"
+    path = folder / f"{RESULTS_PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.jsonl"
     return records, io.FileIO(path, "xb")
 
 
