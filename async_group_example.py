@@ -112,8 +112,11 @@ def api_key() -> str:
 def base_url() -> str:
     """Return the API's URL from INFERENCE_BASE_URL, or raise ValueError if no key may go there."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip()
-    secure, loopback = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127[.\d]+|\[::1\])"
-    match = re.fullmatch(rf"({secure}|{loopback})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I)
+    secure, loopback = (
+        r"https://([\w.-]+|\[[\da-f:.]+\])",
+        r"http://(localhost|127(\.\d+){3}|\[::1\])",
+    )
+    match = re.fullmatch(rf"({secure}|{loopback})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I | re.A)
     if not match or int(match["port"] or 443) > 65535:
         what = "an https URL, or an http one on the loopback interface"  # http would show the key
         raise ValueError(f"INFERENCE_BASE_URL must be {what}, not {url!r}")
@@ -145,6 +148,7 @@ def exchange(session: Session, path: str, timeout_seconds: float, body: Json | N
             auth=authorize,
             timeout=timeout_seconds,
             allow_redirects=False,
+            proxies={"http": ""},  # plain http is for the loopback, where a proxy has no business
         )
     except Exception as error:  # not all that comes out of a broken exchange is requests' own
         raise broken(error, has_left=bool(payload and payload.tell())) from error
@@ -186,6 +190,7 @@ def rejected(response: Response, is_submission: bool) -> ApiError:
         wait_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
     except (LookupError, ValueError, OverflowError, InvalidHeader):
         wait_seconds = None
+    reason += f" (Retry-After: {wait_seconds:.0f} s)" if wait_seconds else ""
     never_done = status == 429 or (status == 503 and wait_seconds is not None)
     is_too_long = never_done and (wait_seconds or 0) > MAX_RETRY_AFTER_SECONDS
     if status in (401, 403) or (is_submission and (status == 402 or is_too_long)):
@@ -325,11 +330,11 @@ def save(results: io.FileIO, records: list[Record]) -> None:
         raise
 
 
-def read_results(path: Path) -> tuple[list[Record], int]:
-    """Return the records in a results file, and how many bytes its whole lines take.
+def read_results(path: Path) -> tuple[list[Record], int, bool]:
+    """Return the records in a results file, the bytes of its whole lines, and if more follows.
 
-    A last line without its line break was torn by a kill, and is left out. Raises OSError if
-    the file can't be read, ValueError if it is not one of this script's.
+    What follows, a last line without its line break, was torn by a kill. Raises OSError if the
+    file can't be read, ValueError if it is not one of this script's.
     """
     content = path.read_bytes() if path.is_file() else b""
     *lines, torn = content.split(b"\n")
@@ -350,7 +355,7 @@ def read_results(path: Path) -> tuple[list[Record], int]:
         records = {}
     if not any(record.custom_id for record in records.values()):
         raise ValueError(f"--resume needs a results file of this script, which {path} is not")
-    return list(records.values()), len(content) - len(torn)
+    return list(records.values()), len(content) - len(torn), torn != b""
 
 
 # --- The screen ---
@@ -505,7 +510,7 @@ def show_table(records: list[Record], results_name: str) -> None:
         say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
 
 
-def show_ending(records: list[Record], results_name: str, resume_command: str) -> None:
+def show_ending(records: list[Record], results_name: str, resume_command: str, stop: str) -> None:
     """Show what did not succeed and what to do about it, and where the results are."""
     advice = {
         FAILED: "",
@@ -517,8 +522,9 @@ def show_ending(records: list[Record], results_name: str, resume_command: str) -
         if listed:
             show_section(f"{LABELS[outcome]} Requests")
         for record in listed:
-            name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
-            text = fit(f"{MARKS[outcome]} {name}: {record.error or record.state}", 1000)
+            name = f"{record.custom_id} {record.generation_id or getattr(record, POLLED_ID) or ''}"
+            state = f"{record.state} " if outcome == PENDING else ""
+            text = fit(f"{MARKS[outcome]} {name.strip()}: {state}{record.error or ''}", 1000)
             letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
             say(textwrap.indent(textwrap.fill(text, letters), "    "))
         if listed and hint:
@@ -526,7 +532,8 @@ def show_ending(records: list[Record], results_name: str, resume_command: str) -
     counts = Counter(map(outcome_of, records))
     left = [f"{counts[each]} {LABELS[each].lower()}" for each in list(MARKS)[2:] if counts[each]]
     say(f"\n  Results: {results_name}\n")
-    show_banner(f"Not complete: {', '.join(left)}" if left else "Generation complete!")
+    rest = f"Not complete: {', '.join(left)}" if left else stop
+    show_banner(rest or "Generation complete!")
 
 
 # --- The work: submit, then poll ---
@@ -648,9 +655,11 @@ def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None
             changes = {"state": QUEUED, "error": None, POLLED_ID: outcome}
         for record in batch:
             vars(record).update(changes)
-        save(results, batch)
-        if delay_seconds is None:
-            show_submission(batch)
+        try:
+            save(results, batch)
+        finally:  # an id that can't be recorded is shown at least
+            if delay_seconds is None:
+                show_submission(batch)
         return delay_seconds
 
     stop = carry_out(batches, submit, settle, results)
@@ -699,6 +708,8 @@ def poll_all(
             ([], f"{outcome}") if isinstance(outcome, ApiError) else (outcome, "")
         )
         final = [record for each in generations for record in take(each, batch, strays)]
+        for record in filter(is_pending, batch):
+            record.error = trouble or None
         save(results, final)
         show_poll(attempt, batch, trouble, before != [record.state for record in batch])
         if attempt < MAX_POLL_ATTEMPTS and any(map(is_pending, batch)):
@@ -725,8 +736,11 @@ def check_configuration() -> None:
         kind, wanted = (int, "a whole number") if name in whole else ((int, float), "a number")
         if not isinstance(value, kind) or value is True or not 0 < value <= 1_000_000:
             raise ValueError(f"{name} must be {wanted}, above 0 and to 1,000,000, not {value!r}")
-    if not SAMPLE_QUESTIONS or not all(isinstance(text, str) for text in SAMPLE_QUESTIONS):
-        raise ValueError("SAMPLE_QUESTIONS must hold one question or more, each a text")
+    is_list = isinstance(SAMPLE_QUESTIONS, list) and SAMPLE_QUESTIONS != []
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in SAMPLE_QUESTIONS):
+        raise ValueError(
+            "SAMPLE_QUESTIONS must be a list of one question or more, none of it blank"
+        )
     api_key()
     base_url()
 
@@ -748,14 +762,15 @@ def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
         try:
-            records, whole_bytes = read_results(path)
+            records, whole_bytes, is_torn = read_results(path)
         except (OSError, ValueError):
             if name:
                 raise
             continue
         if name or any(map(is_pending, records)):
             results = io.FileIO(path, "ab")
-            results.truncate(whole_bytes)
+            if is_torn:  # and only then: another run may be at work on the file
+                results.truncate(whole_bytes)
             return records, results
     raise ValueError(f"--resume finds nothing unfinished in {RESULTS_DIR}")
 
@@ -768,6 +783,7 @@ def main() -> int:
         events.put((None, KeyboardInterrupt("Ctrl-C")))
 
     signal.signal(signal.SIGINT, interrupt)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None where it is closed
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("plain", show_plainly)
         sys.stdout.reconfigure(errors="plain")
@@ -793,7 +809,7 @@ def main() -> int:
     • {f"Requests to submit: {len(records)}" if resume is None else f"Resuming: {name}"}
     • Model: {MODEL_ID}
     • Poll interval: {POLL_INTERVAL_SECONDS}s""")
-    final_before = sum(record.state in (SUCCESS, FAILED) for record in records)
+    open_before = [record for record in records if record.state not in (SUCCESS, FAILED)]
     for _ in range(min(MAX_CONCURRENT_POLLS, len(batches))):
         start_worker()
     if resume is None:
@@ -808,20 +824,28 @@ def main() -> int:
     if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
         show_section("Polling for Results")
         stop = poll_all(unfinished, results, strays) or stop
+    stopped = fit(f"Stopped: {stop}", 1000).rstrip() if stop else ""
     if stop:
-        say(f"\n  ✗ Stopped: {fit(str(stop), 1000).rstrip()}")
+        say(f"\n  ✗ {stopped}")
 
     say("")
     show_banner("GROUP GENERATION SUMMARY")
-    final_now = sum(record.state in (SUCCESS, FAILED) for record in records)
-    show_figures(records, time.monotonic() - started, final_now - final_before)
+    finished = sum(bool(record.generation_id) and not is_pending(record) for record in open_before)
+    show_figures(records, time.monotonic() - started, finished)
     show_table(records, name)
     if strays:
         show_unmatched(strays)
-    show_ending(records, name, shlex.join(["uv", "run", sys.argv[0], "--resume", name]))
+    resume_command = shlex.join(["uv", "run", sys.argv[0], "--resume", name])
+    if isinstance(stop, OSError):
+        resume_command = f"keep the ids above, as not all of them could be recorded in {name}"
+    show_ending(records, name, resume_command, stopped)
     if isinstance(stop, KeyboardInterrupt):
         return 130
-    return 0 if all(outcome_of(record) == SUCCESS for record in records) and not strays else 1
+    return (
+        0
+        if all(outcome_of(record) == SUCCESS for record in records) and not strays and not stop
+        else 1
+    )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> No
     assert "Failed:         0" in run.stdout
     assert f"Unfinished:  {len(faults):>4}" in run.stdout
     assert f"--resume results/{run.results.name}" in run.stdout
+    for reason in ("HTTP 500: out of order", "HTTP 502: Bad Gateway", "Timeout", "no state"):
+        assert reason in run.stdout
     single.api.choose_fault = lambda request, sent: None
     resumed = single.run("--resume")
     assert resumed.code == 0, resumed.stdout

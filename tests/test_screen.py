@@ -218,7 +218,8 @@ def test_text_from_elsewhere_is_made_fit(example: Example, encoding: str) -> Non
     texts = list(NASTY.values())
     example.edit(NUM_REQUESTS=2 * len(texts), MODEL_ID=NASTY["emoji"])
     path = example.folder / example.script
-    questions = f"SAMPLE_QUESTIONS = {[*texts, *texts]!a}\n\n\ndef build_request"
+    asked = [text if text.strip() else "?" for text in texts] * 2
+    questions = f"SAMPLE_QUESTIONS = {asked!a}\n\n\ndef build_request"
     path.write_text(path.read_text("utf-8").replace("def build_request", questions, 1), "utf-8")
 
     def answer(shown: Json) -> Json:

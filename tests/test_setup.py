@@ -62,6 +62,8 @@ BAD_ENVIRONMENT: list[tuple[str, str | None]] = [
     ("INFERENCE_BASE_URL", "http://127.0.0.1#@example.com/v1"),
     ("INFERENCE_BASE_URL", "http://127.0.0.1:99999/v1"),
     ("INFERENCE_BASE_URL", "http://127.0.0.1:port/v1"),
+    ("INFERENCE_BASE_URL", "http://1270000000/v1"),
+    ("INFERENCE_BASE_URL", "http://127...1/v1"),
     ("INFERENCE_BASE_URL", "https://[::1/v1"),
     ("INFERENCE_BASE_URL", "https://api.inference.net/v1?key=1"),
     ("INFERENCE_BASE_URL", "https://user:password@api.inference.net/v1"),
@@ -95,13 +97,12 @@ def test_a_pool_that_makes_no_sense(single: Example, value: float) -> None:
     check_refused(single, "MAX_CONCURRENT_POLLS")
 
 
-def test_questions_that_are_none(example: Example) -> None:
-    path = example.folder / example.script
-    text = path.read_text("utf-8")
-    path.write_text(
-        text.replace("def build_request", "SAMPLE_QUESTIONS = []\n\n\ndef build_request")
-    )
-    check_refused(example, "SAMPLE_QUESTIONS")
+@pytest.mark.parametrize("questions", ["[]", "'Why?'", "['Why?', ' ']", "[1]", "None"])
+def test_questions_that_are_none(single: Example, questions: str) -> None:
+    path = single.folder / single.script
+    edited = f"SAMPLE_QUESTIONS = {questions}\n\n\ndef build_request"
+    path.write_text(path.read_text("utf-8").replace("def build_request", edited), "utf-8")
+    check_refused(single, "SAMPLE_QUESTIONS")
 
 
 def test_a_request_that_is_no_json(example: Example) -> None:
@@ -162,6 +163,13 @@ def test_white_space_round_the_key_is_stripped(example: Example, key: str) -> No
 def test_plain_http_to_the_loopback_is_fine(example: Example, host: str) -> None:
     url = f" http://{host}:{example.api.port}/v1/ "
     example.environment = example.environment | {"INFERENCE_BASE_URL": url}
+    assert example.run().code == 0
+
+
+def test_a_proxy_never_sees_what_goes_to_the_loopback(example: Example) -> None:
+    proxy = f"http://127.0.0.1:{refused_port()}"
+    example.environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), proxy)
+    example.environment |= {"NO_PROXY": "", "no_proxy": ""}
     assert example.run().code == 0
 
 

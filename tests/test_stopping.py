@@ -307,7 +307,7 @@ def test_a_file_with_a_row_that_can_not_be_ours_is_left_alone(
 
 
 @pytest.mark.parametrize("size", [0, 100, 700, 1500, 2500])
-def test_a_full_disk(single: Example, size: int) -> None:
+def test_a_disk_that_fills_up(single: Example, size: int) -> None:
     single.edit(NUM_REQUESTS=20)
     run = single.run(file_limit=size)
     assert run.code == 1
@@ -325,11 +325,53 @@ def test_a_full_disk(single: Example, size: int) -> None:
 
 
 def test_a_full_disk_of_a_group(group: Example) -> None:
-    for size in (0, 1100):
-        run = group.run(file_limit=size)
-        assert run.code == 1
-        assert "Stopped: " in run.stdout
-    assert len(group.api.generations) in (0, 4)
+    full = group.run(file_limit=0)
+    assert full.code == 1
+    assert not group.api.exchanges
+    # Room for the rows of the submission, and for no more.
+    submitted = [row for row in group.run().rows if row["state"] == "Submitting"]
+    size = sum(len(json.dumps(row)) + 1 for row in submitted)
+    run = group.run(file_limit=size + 100)
+    assert run.code == 1
+    assert set(run.states.values()) == {"Submitting"}
+    assert list(group.api.groups)[-1] in run.stdout
+    assert "--resume" not in run.stdout
+    assert "keep the ids above" in run.stdout
+
+
+def test_a_disk_that_is_full_at_the_last_answer(example: Example) -> None:
+    size = example.run().results.stat().st_size
+    run = example.run(file_limit=size - 10)
+    assert run.code == 1
+    assert "complete!" not in run.stdout
+    assert example.run("--resume", str(run.results)).code == 0
+
+
+def test_resuming_a_run_that_is_at_work_takes_nothing_from_it(example: Example) -> None:
+    example.edit(NUM_REQUESTS=40, MAX_POLL_ATTEMPTS=1000)
+    example.api.seconds = (0, 6)
+    process = example.start()
+    while not any(method == "GET" for method, _ in example.api.exchanges):
+        assert process.poll() is None
+    [path] = (example.folder / "results").glob("*.jsonl")
+    sizes = [0]
+    while process.poll() is None:
+        example.start("--resume", str(path)).communicate(timeout=60)
+        sizes.append(path.stat().st_size)
+    assert sizes == sorted(sizes)
+    run = example.finish(process)
+    assert set(run.states.values()) == {"Success"}
+    assert len(run.states) == 40
+
+
+def test_an_output_that_is_closed(example: Example) -> None:
+    environment = {**os.environ, **example.environment}
+    command = ["sh", "-c", f"{shlex.quote(sys.executable)} {example.script} >&-"]
+    done = subprocess.run(
+        command, cwd=example.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("lines", [1, 12, 25])
