@@ -263,6 +263,24 @@ def test_what_is_saved_is_read_back(
     assert module.read_results(path) == (records, size, torn != b"")
 
 
+@both
+def test_resuming_takes_nothing_from_a_run_that_is_still_at_work(
+    module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read_results = tmp_path / "run.jsonl", module.read_results
+    row = json.dumps(vars(module.Record("req-001", "Where?"))) + "\n"
+    path.write_text(row)
+
+    def read_while_it_grows(path: Path) -> Any:
+        found = read_results(path)
+        path.write_text(row + row)
+        return found
+
+    monkeypatch.setattr(module, "read_results", read_while_it_grows)
+    module.earlier_run(str(path))
+    assert path.read_text() == row + row
+
+
 # Matching, in whole runs
 
 

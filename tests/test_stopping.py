@@ -347,23 +347,6 @@ def test_a_disk_that_is_full_at_the_last_answer(example: Example) -> None:
     assert example.run("--resume", str(run.results)).code == 0
 
 
-def test_resuming_a_run_that_is_at_work_takes_nothing_from_it(example: Example) -> None:
-    example.edit(NUM_REQUESTS=40, MAX_POLL_ATTEMPTS=1000)
-    example.api.seconds = (0, 6)
-    process = example.start()
-    while not any(method == "GET" for method, _ in example.api.exchanges):
-        assert process.poll() is None
-    [path] = (example.folder / "results").glob("*.jsonl")
-    sizes = [0]
-    while process.poll() is None:
-        example.start("--resume", str(path)).communicate(timeout=60)
-        sizes.append(path.stat().st_size)
-    assert sizes == sorted(sizes)
-    run = example.finish(process)
-    assert set(run.states.values()) == {"Success"}
-    assert len(run.states) == 40
-
-
 def test_an_output_that_is_closed(example: Example) -> None:
     environment = {**os.environ, **example.environment}
     command = ["sh", "-c", f"{shlex.quote(sys.executable)} {example.script} >&-"]
