@@ -112,11 +112,8 @@ def api_key() -> str:
 def base_url() -> str:
     """Return the API's URL from INFERENCE_BASE_URL, or raise ValueError if no key may go there."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip()
-    secure, loopback = (
-        r"https://([\w.-]+|\[[\da-f:.]+\])",
-        r"http://(localhost|127(\.\d+){3}|\[::1\])",
-    )
-    match = re.fullmatch(rf"({secure}|{loopback})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I | re.A)
+    origin = r"https://([\w.-]+|\[[\da-f:.]+\])|http://(localhost|127(\.\d+){3}|\[::1\])"
+    match = re.fullmatch(rf"({origin})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I | re.A)
     if not match or int(match["port"] or 443) > 65535:
         what = "an https URL, or an http one on the loopback interface"  # http would show the key
         raise ValueError(f"INFERENCE_BASE_URL must be {what}, not {url!r}")
@@ -128,23 +125,24 @@ def hide_key(text: str) -> str:
     return text.replace(api_key(), "[API key]")
 
 
+def authorize(request: PreparedRequest) -> PreparedRequest:
+    """Put the key into a request, as its auth: a plain header would be overridden by .netrc."""
+    request.headers["Authorization"] = f"Bearer {api_key()}"
+    return request
+
+
 def exchange(session: Session, path: str, timeout_seconds: float, body: Json | None = None) -> Json:
     """GET path, or POST body to it; return the JSON object that answers, or raise ApiError."""
     # A file object is read once the connection stands and not before, so that its position
     # tells whether anything of the request's body can have reached the server.
     payload = io.BytesIO(json.dumps(body).encode()) if body else None
-    content_type = {"Content-Type": "application/json"} if body else {}
-    method, url = "POST" if body else "GET", base_url() + path
-
-    def authorize(request: PreparedRequest) -> PreparedRequest:  # .netrc overrides a plain header
-        request.headers.update({"Authorization": f"Bearer {api_key()}", **content_type})
-        return request
-
+    url = base_url() + path
     try:
         response = session.request(
-            method,
+            "POST" if body else "GET",
             url,
             data=payload,
+            headers={"Content-Type": "application/json"} if body else None,
             auth=authorize,
             timeout=timeout_seconds,
             allow_redirects=False,
@@ -168,13 +166,12 @@ def broken(error: Exception, has_left: bool) -> ApiError:
     cause: BaseException = error
     while deeper := cause.__cause__ or cause.__context__:
         cause = deeper
+    ending = UNCERTAIN if has_left else UNAVAILABLE
     # What no retry mends: a proxy's URL, a CA bundle that is not there (a bare OSError), and
     # a certificate that can't be trusted, as against other trouble with TLS.
     is_setting = isinstance(error, (InvalidURL, InvalidSchema)) or type(error) is OSError
     if is_setting or isinstance(cause, ssl.SSLCertVerificationError):
         ending = LOCKED_OUT
-    else:
-        ending = UNCERTAIN if has_left else UNAVAILABLE
     return ApiError(ending, f"{type(error).__name__}: {cause}")
 
 
@@ -330,11 +327,10 @@ def save(results: io.FileIO, records: list[Record]) -> None:
         raise
 
 
-def read_results(path: Path) -> tuple[list[Record], int, bool]:
-    """Return the records in a results file, the bytes of its whole lines, and if more follows.
+def read_results(path: Path) -> tuple[list[Record], int | None]:
+    """Return the records in a results file, and where its last line begins if a kill tore it.
 
-    What follows, a last line without its line break, was torn by a kill. Raises OSError if the
-    file can't be read, ValueError if it is not one of this script's.
+    Raises OSError if the file can't be read, ValueError if it is not one of this script's.
     """
     content = path.read_bytes() if path.is_file() else b""
     *lines, torn = content.split(b"\n")
@@ -355,7 +351,7 @@ def read_results(path: Path) -> tuple[list[Record], int, bool]:
         records = {}
     if not any(record.custom_id for record in records.values()):
         raise ValueError(f"--resume needs a results file of this script, which {path} is not")
-    return list(records.values()), len(content) - len(torn), torn != b""
+    return list(records.values()), len(content) - len(torn) if torn else None
 
 
 # --- The screen ---
@@ -747,10 +743,12 @@ def check_configuration() -> None:
 
 def new_run() -> tuple[list[Record], io.FileIO]:
     """Return the records of a new run, and its results file."""
-    ids = (f"req-{number:03}" for number in range(1, NUM_REQUESTS + 1))
-    records = [Record(*pair) for pair in zip(ids, itertools.cycle(SAMPLE_QUESTIONS))]
-    for record in records:  # one that can't be sent is found before the others are paid for
-        json.dumps(build_request(f"{record.custom_id}", record.question))
+    records = []
+    for number in range(NUM_REQUESTS):
+        custom_id = f"req-{number + 1:03}"
+        question = SAMPLE_QUESTIONS[number % len(SAMPLE_QUESTIONS)]
+        json.dumps(build_request(custom_id, question))  # fails here, before any other is paid for
+        records.append(Record(custom_id, question))
     folder = Path(RESULTS_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{RESULTS_PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.jsonl"
@@ -762,15 +760,15 @@ def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
         try:
-            records, whole_bytes, is_torn = read_results(path)
+            records, torn_at = read_results(path)
         except (OSError, ValueError):
             if name:
                 raise
             continue
         if name or any(map(is_pending, records)):
             results = io.FileIO(path, "ab")
-            if is_torn:  # and only then: another run may be at work on the file
-                results.truncate(whole_bytes)
+            if torn_at:  # and only then: another run may be at work on the file
+                results.truncate(torn_at)
             return records, results
     raise ValueError(f"--resume finds nothing unfinished in {RESULTS_DIR}")
 
