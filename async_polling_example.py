@@ -370,7 +370,7 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make text from elsewhere fit for the screen: printable, and cut or filled up to columns."""
+    """Make text from elsewhere fit for the screen: printable, and cut to so many columns."""
     text = "".join(each if each.isprintable() else " " for each in text[:5000].strip())
     if width(text) > columns:
         ends = itertools.accumulate(map(width, text))
@@ -378,6 +378,11 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
         if at_word and " " in kept and text[len(kept)] != " ":
             kept = kept.rpartition(" ")[0]
         text = kept.rstrip() + "..."
+    return text.rstrip()
+
+
+def pad(text: str, columns: int) -> str:
+    """Fill text up to so many columns."""
     return text + " " * (columns - width(text))
 
 
@@ -411,9 +416,9 @@ def show_waiting(records: list[Record], attempt: int, since: float, trouble: str
     text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
     if sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
+        say("  " + fit(text, columns - 4), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(text, 200).rstrip())
+        say("  " + fit(text, 200))
 
 
 def show_banner(title: str) -> None:
@@ -432,8 +437,8 @@ def show_submission(batch: Batch) -> None:
     mark, fate = MARKS[outcome_of(record)], record.error or ""
     if record.generation_id:
         mark, fate = "✓", fit(record.generation_id, 15)
-    question = fit(record.question, 44).rstrip()
-    say("    " + fit(f"{mark} {record.custom_id}: {question} → {fate}", 76).rstrip())
+    text = f"{mark} {record.custom_id}: {fit(record.question, 44)} → {fate}"
+    say(f"    {fit(text, 76)}")
 
 
 def show_finished(record: Record, done: int, total: int) -> None:
@@ -479,42 +484,43 @@ def show_table(records: list[Record], results_name: str) -> None:
     say("  ID         Status     Question                       Response")
     say("  ---------- ---------- ------------------------------ -------------------------")
     for record in records[:MAX_TABLE_ROWS]:
-        answer = record.error or record.state
-        if record.state == SUCCESS:
+        outcome = outcome_of(record)
+        answer = fit(record.error or record.state, 25)
+        if outcome == SUCCESS:
             answer = fit(record.response or "(no text)", 25, at_word=True)
-        if record.state == SUCCESS and record.finish_reason == "length":
-            answer = fit(answer, 12) + " [max_tokens]"
-        name, outcome = fit(f"{record.custom_id}", 10), outcome_of(record)
-        question = fit(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {fit(answer, 25).rstrip()}")
+            if record.finish_reason == "length":
+                answer = pad(fit(answer, 12), 12) + " [max_tokens]"
+        name = pad(fit(f"{record.custom_id}", 10), 10)
+        question = pad(fit(record.question, 28), 30)
+        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {answer}")
     if len(records) > MAX_TABLE_ROWS:
         say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
 
 
-def show_ending(records: list[Record], results_name: str, resume_command: str, stop: str) -> None:
+def show_ending(records: list[Record], results_name: str, resume: str, stopped: str) -> None:
     """Show what did not succeed and what to do about it, and where the results are."""
     advice = {
         FAILED: "",
         UNKNOWN: "\n    Perhaps accepted and paid for: look in the dashboard, then send anew.",
-        PENDING: f"\n    Paid for, and still to be fetched:\n      {resume_command}",
+        PENDING: f"\n    Paid for, and still to be fetched:\n      {resume}",
     }
     for outcome, hint in advice.items():
         listed = [record for record in records if outcome_of(record) == outcome]
-        if listed:
-            show_section(f"{LABELS[outcome]} Requests")
+        if not listed:
+            continue
+        show_section(f"{LABELS[outcome]} Requests")
         for record in listed:
             name = f"{record.custom_id} {record.generation_id or getattr(record, POLLED_ID) or ''}"
             state = f"{record.state} " if outcome == PENDING else ""
             text = fit(f"{MARKS[outcome]} {name.strip()}: {state}{record.error or ''}", 1000)
             letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
             say(textwrap.indent(textwrap.fill(text, letters), "    "))
-        if listed and hint:
+        if hint:
             say(hint)
     counts = Counter(map(outcome_of, records))
     left = [f"{counts[each]} {LABELS[each].lower()}" for each in list(MARKS)[2:] if counts[each]]
     say(f"\n  Results: {results_name}\n")
-    rest = f"Not complete: {', '.join(left)}" if left else stop
-    show_banner(rest or "Generation complete!")
+    show_banner(f"Not complete: {', '.join(left)}" if left else stopped or "Generation complete!")
 
 
 # --- The work: submit, then poll ---
@@ -527,24 +533,28 @@ GRACE_SECONDS = 2  # what exchanges in flight are left at Ctrl-C
 TICK_SECONDS = 0.5  # how often the live line is redrawn and deadlines are looked at
 
 Call = Callable[[Session, Batch], Any]
+Ticket = tuple[Call, int, int]  # what to carry out, for which batch, in which attempt
 
-jobs: queue.SimpleQueue[tuple[object, Call, Batch]] = queue.SimpleQueue()
-events: queue.SimpleQueue[tuple[object, Any]] = queue.SimpleQueue()
+jobs: queue.SimpleQueue[tuple[Ticket, Batch]] = queue.SimpleQueue()
+events: queue.SimpleQueue[tuple[Ticket | None, Any]] = queue.SimpleQueue()
 
 
-def start_worker() -> None:
-    """Start a thread that carries out jobs over one connection; it never holds up the exit."""
+def interrupt(*_: object) -> None:
+    """Take note of Ctrl-C; a second one ends the script at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    events.put((None, KeyboardInterrupt("Ctrl-C")))
 
-    def work() -> None:
-        session = Session()
-        while True:
-            ticket, call, batch = jobs.get()
-            try:
-                events.put((ticket, call(session, batch)))
-            except ApiError as error:
-                events.put((ticket, error))
 
-    threading.Thread(target=work, daemon=True).start()
+def work() -> None:
+    """Carry out jobs over one connection, in a thread that never holds up the exit."""
+    session = Session()
+    while True:
+        ticket, batch = jobs.get()
+        call = ticket[0]
+        try:
+            events.put((ticket, call(session, batch)))
+        except ApiError as error:
+            events.put((ticket, error))
 
 
 def carry_out(
@@ -561,38 +571,38 @@ def carry_out(
     nothing more leaves, and what is in flight is waited for.
     """
     started = time.monotonic()
-    due = [(started, order, 1, batch) for order, batch in enumerate(batches)]  # a heap
-    in_flight: dict[object, tuple[float, int, int, Batch]] = {}
+    due = [(started, order, 1) for order in range(len(batches))]  # a heap
+    deadlines: dict[Ticket, float] = {}  # of what is in flight
     held_until, tick_at, grace_ends = 0.0, 0.0, math.inf
     attempt, trouble = 0, ""
     stop: BaseException | None = None
-    while in_flight or (due and not stop):
+    while deadlines or (due and not stop):
         now = time.monotonic()
-        may_leave = due and not stop and len(in_flight) < MAX_CONCURRENT_POLLS
+        may_leave = due and not stop and len(deadlines) < MAX_CONCURRENT_POLLS
         leaves_at = max(due[0][0], held_until) if may_leave else math.inf
         try:
             if now >= tick_at:
                 tick_at = now + TICK_SECONDS
-                for ticket, (deadline, *_) in in_flight.items():
+                for late, deadline in deadlines.items():
                     if now >= min(deadline, grace_ends):
-                        events.put((ticket, ApiError(UNCERTAIN, "no whole answer in time")))
-                        start_worker()  # in the place of the one that is stuck
+                        events.put((late, ApiError(UNCERTAIN, "no whole answer in time")))
+                        threading.Thread(target=work, daemon=True).start()  # the old one is stuck
                 show_waiting(list(itertools.chain(*batches)), attempt, started, trouble)
             if leaves_at <= now and events.empty():
-                _, order, attempt, batch = heapq.heappop(due)
+                _, order, attempt = heapq.heappop(due)
                 if call is submit:  # what can't be recorded is not sent
-                    save(results, [replace(record, state=SUBMITTING) for record in batch])
-                ticket = object()
-                in_flight[ticket] = (now + 2 * REQUEST_TIMEOUT_SECONDS, order, attempt, batch)
-                jobs.put((ticket, call, batch))
+                    save(results, [replace(record, state=SUBMITTING) for record in batches[order]])
+                deadlines[call, order, attempt] = now + 2 * REQUEST_TIMEOUT_SECONDS
+                jobs.put(((call, order, attempt), batches[order]))
                 continue
             ticket, outcome = events.get(timeout=max(0, min(leaves_at, tick_at) - now))
             now = time.monotonic()
             if isinstance(outcome, KeyboardInterrupt):
                 stop, grace_ends = outcome, now + GRACE_SECONDS
-            if ticket not in in_flight:
+            if ticket not in deadlines:  # given up before
                 continue
-            _, order, attempt, batch = in_flight.pop(ticket)
+            del deadlines[ticket]
+            _, order, attempt = ticket
             trouble = ""
             if isinstance(outcome, ApiError):
                 trouble = str(outcome)
@@ -600,9 +610,9 @@ def carry_out(
                 held_until = max(held_until, now + wait_seconds)
                 if outcome.ending == LOCKED_OUT:
                     stop = stop or outcome
-            delay_seconds = settle(batch, attempt, outcome)
+            delay_seconds = settle(batches[order], attempt, outcome)
             if delay_seconds is not None:
-                heapq.heappush(due, (now + delay_seconds, order, attempt + 1, batch))
+                heapq.heappush(due, (now + delay_seconds, order, attempt + 1))
         except queue.Empty:
             pass
         except OSError as error:
@@ -688,9 +698,8 @@ def check_configuration() -> None:
             raise ValueError(f"{name} must be {wanted}, above 0 and to 1,000,000, not {value!r}")
     is_list = isinstance(SAMPLE_QUESTIONS, list) and SAMPLE_QUESTIONS != []
     if not is_list or not all(isinstance(text, str) and text.strip() for text in SAMPLE_QUESTIONS):
-        raise ValueError(
-            "SAMPLE_QUESTIONS must be a list of one question or more, none of it blank"
-        )
+        wanted = "a list of one question or more, none of it blank"
+        raise ValueError(f"SAMPLE_QUESTIONS must be {wanted}")
     api_key()
     base_url()
 
@@ -729,11 +738,6 @@ def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
 
 def main() -> int:
     """Run the script, and return its exit code."""
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the script at once
-        events.put((None, KeyboardInterrupt("Ctrl-C")))
-
     signal.signal(signal.SIGINT, interrupt)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None where it is closed
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -751,7 +755,8 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
-    name, started, stop = str(results.name), time.monotonic(), None
+    started = time.monotonic()
+    name = str(results.name)
     batches = [[record] for record in records]
     show_banner("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
     say(f"""
@@ -760,23 +765,24 @@ def main() -> int:
     • Model: {MODEL_ID}
     • Poll interval: {POLL_INTERVAL_SECONDS}s
     • Concurrent polls: {MAX_CONCURRENT_POLLS}""")
-    open_before = [record for record in records if record.state not in (SUCCESS, FAILED)]
     for _ in range(min(MAX_CONCURRENT_POLLS, len(batches))):
-        start_worker()
+        threading.Thread(target=work, daemon=True).start()
+    stop = None
     if resume is None:
         show_section(f"Submitting {len(records)} Requests")
         stop = submit_all(batches, results)
+    accepted = sum(map(is_pending, records))
     unfinished = [batch for batch in batches if any(map(is_pending, batch))]
     if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
         show_section("Polling for Results")
         stop = poll_all(unfinished, results) or stop
-    stopped = fit(f"Stopped: {stop}", 1000).rstrip() if stop else ""
+    stopped = fit(f"Stopped: {stop}", 1000) if stop else ""
     if stop:
         say(f"\n  ✗ {stopped}")
 
     say("")
     show_banner("ASYNC GENERATION SUMMARY")
-    finished = sum(bool(record.generation_id) and not is_pending(record) for record in open_before)
+    finished = accepted - sum(map(is_pending, records))
     show_figures(records, time.monotonic() - started, finished)
     show_table(records, name)
     resume_command = shlex.join(["uv", "run", sys.argv[0], "--resume", name])
@@ -785,7 +791,8 @@ def main() -> int:
     show_ending(records, name, resume_command, stopped)
     if isinstance(stop, KeyboardInterrupt):
         return 130
-    return 0 if not stop and all(outcome_of(record) == SUCCESS for record in records) else 1
+    has_all = all(outcome_of(record) == SUCCESS for record in records)
+    return 0 if has_all and not stop else 1
 
 
 if __name__ == "__main__":
