@@ -189,12 +189,11 @@ def rejected(response: Response, is_submission: bool) -> ApiError:
     except (LookupError, ValueError, OverflowError, InvalidHeader):
         wait_seconds = None
     reason += f" (Retry-After: {wait_seconds:.0f} s)" if wait_seconds else ""
-    never_done = status == 429 or (status == 503 and wait_seconds is not None)
-    is_too_long = never_done and (wait_seconds or 0) > MAX_RETRY_AFTER_SECONDS
-    if status in (401, 403) or (is_submission and (status == 402 or is_too_long)):
+    if status in (401, 403) or (is_submission and status == 402):
         ending = LOCKED_OUT
-    elif never_done:
-        ending = UNAVAILABLE
+    elif status == 429 or (status == 503 and wait_seconds is not None):
+        is_too_long = is_submission and (wait_seconds or 0) > MAX_RETRY_AFTER_SECONDS
+        ending = LOCKED_OUT if is_too_long else UNAVAILABLE
     else:
         ending = REFUSED if 300 <= status < 500 else UNCERTAIN
     return ApiError(ending, reason, wait_seconds or 0)
@@ -255,7 +254,6 @@ class Record:
 
 
 POLLED_ID = "generation_id"  # the field with the id by which the API is polled
-
 Batch = list[Record]  # what travels in one exchange; here a single record
 
 
@@ -286,7 +284,8 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 def parse_time(text: object) -> datetime | None:
     """Return an ISO 8601 time, UTC where it names no offset; None if it is not one."""
     # Python 3.10 reads neither a Z nor any number of decimals but three and six.
-    iso = re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", str(text)).replace("Z", "+00:00")
+    padded = re.sub(r"\.\d+", r"\g<0>00000", str(text))
+    iso = re.sub(r"(\.\d{6})\d+", r"\1", padded).replace("Z", "+00:00")
     try:
         parsed = datetime.fromisoformat(iso)
     except ValueError:
@@ -499,12 +498,7 @@ def show_table(records: list[Record], results_name: str) -> None:
 
 def show_ending(records: list[Record], results_name: str, resume: str, stopped: str) -> None:
     """Show what did not succeed and what to do about it, and where the results are."""
-    advice = {
-        FAILED: "",
-        UNKNOWN: "\n    Perhaps accepted and paid for: look in the dashboard, then send anew.",
-        PENDING: f"\n    Paid for, and still to be fetched:\n      {resume}",
-    }
-    for outcome, hint in advice.items():
+    for outcome in (FAILED, UNKNOWN, PENDING):
         listed = [record for record in records if outcome_of(record) == outcome]
         if not listed:
             continue
@@ -515,12 +509,15 @@ def show_ending(records: list[Record], results_name: str, resume: str, stopped: 
             text = fit(f"{MARKS[outcome]} {name.strip()}: {state}{record.error or ''}", 1000)
             letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
             say(textwrap.indent(textwrap.fill(text, letters), "    "))
-        if hint:
-            say(hint)
+        if outcome == UNKNOWN:
+            say("\n    Perhaps accepted and paid for: look in the dashboard, then send anew.")
+        if outcome == PENDING:
+            say(f"\n    Paid for, and still to be fetched:\n      {resume}")
     counts = Counter(map(outcome_of, records))
-    left = [f"{counts[each]} {LABELS[each].lower()}" for each in list(MARKS)[2:] if counts[each]]
+    others = [outcome for outcome in (UNKNOWN, PENDING, NOT_SENT) if counts[outcome]]
+    left = ", ".join(f"{counts[outcome]} {LABELS[outcome].lower()}" for outcome in others)
     say(f"\n  Results: {results_name}\n")
-    show_banner(f"Not complete: {', '.join(left)}" if left else stopped or "Generation complete!")
+    show_banner(f"Not complete: {left}" if left else stopped or "Generation complete!")
 
 
 # --- The work: submit, then poll ---
@@ -599,7 +596,7 @@ def carry_out(
             now = time.monotonic()
             if isinstance(outcome, KeyboardInterrupt):
                 stop, grace_ends = outcome, now + GRACE_SECONDS
-            if ticket not in deadlines:  # given up before
+            if ticket not in deadlines:  # it was Ctrl-C, or given up before
                 continue
             del deadlines[ticket]
             _, order, attempt = ticket
