@@ -195,7 +195,7 @@ def rejected(response: Response, is_submission: bool) -> ApiError:
         ending = LOCKED_OUT if is_too_long else UNAVAILABLE
     else:
         ending = REFUSED if 300 <= status < 500 else UNCERTAIN
-    return ApiError(ending, reason, wait_seconds or 0)
+    return ApiError(ending, reason, min(wait_seconds or 0, MAX_RETRY_AFTER_SECONDS))
 
 
 def usable_id(value: object) -> str | None:
@@ -371,7 +371,7 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make text from elsewhere fit for the screen: printable, and cut to so many columns."""
+    """Make text from elsewhere fit for the screen: printable, and cut or filled up to columns."""
     text = "".join(each if each.isprintable() else " " for each in text[:5000].strip())
     if width(text) > columns:
         ends = itertools.accumulate(map(width, text))
@@ -379,11 +379,6 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
         if at_word and " " in kept and text[len(kept)] != " ":
             kept = kept.rpartition(" ")[0]
         text = kept.rstrip() + "..."
-    return text.rstrip()
-
-
-def pad(text: str, columns: int) -> str:
-    """Fill text up to so many columns."""
     return text + " " * (columns - width(text))
 
 
@@ -417,9 +412,9 @@ def show_waiting(records: list[Record], attempt: int, since: float, trouble: str
     text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
     if sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 4), is_live=True)
+        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(text, 200))
+        say("  " + fit(text, 200).rstrip())
 
 
 def show_banner(title: str) -> None:
@@ -438,7 +433,7 @@ def show_submission(batch: Batch) -> None:
     if group_id:
         say(f"  ✓ Group created: {group_id}\n  ✓ Group size: {len(batch)}")
     else:
-        say(f"  {MARKS[outcome_of(batch[0])]} {fit(error or '', 76)}")
+        say(f"  {MARKS[outcome_of(batch[0])]} {fit(error or '', 76).rstrip()}")
 
 
 def show_poll(attempt: int, batch: Batch, trouble: str, is_news: bool) -> None:
@@ -450,7 +445,7 @@ def show_poll(attempt: int, batch: Batch, trouble: str, is_news: bool) -> None:
     done = total - running - queued
     rest = f" (⏳ {running} running, {queued} queued)" if done < total else ""
     text = f"[{attempt:>3}] {bar(done, total, 30)} {done}/{total} ({done * 100 // total}%){rest}"
-    say(f"  {text} {fit(trouble, 200)}".rstrip())
+    say(f"  {text} {fit(trouble, 200).rstrip()}".rstrip())
 
 
 def show_unmatched(strays: list[Record]) -> None:
@@ -458,7 +453,7 @@ def show_unmatched(strays: list[Record]) -> None:
     show_section("Unmatched Generations")
     for stray in strays:
         text = f"{MARKS[stray.state]} {stray.generation_id}: {stray.response or stray.error}"
-        say(f"    {fit(text, 76)}")
+        say(f"    {fit(text, 76).rstrip()}")
 
 
 def show_figures(records: list[Record], wall_seconds: float, finished: int) -> None:
@@ -499,14 +494,14 @@ def show_table(records: list[Record], results_name: str) -> None:
     say("  ---------- ---------- ------------------------------ -------------------------")
     for record in records[:MAX_TABLE_ROWS]:
         outcome = outcome_of(record)
-        answer = fit(record.error or record.state, 25)
+        answer = record.error or record.state
         if outcome == SUCCESS:
             answer = fit(record.response or "(no text)", 25, at_word=True)
             if record.finish_reason == "length":
-                answer = pad(fit(answer, 12), 12) + " [max_tokens]"
-        name = pad(fit(f"{record.custom_id}", 10), 10)
-        question = pad(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {answer}")
+                answer = fit(answer, 12) + " [max_tokens]"
+        name = fit(f"{record.custom_id}", 10)
+        question = fit(fit(record.question, 28), 30)
+        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {fit(answer, 25).rstrip()}")
     if len(records) > MAX_TABLE_ROWS:
         say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
 
@@ -619,8 +614,7 @@ def carry_out(
             trouble = ""
             if isinstance(outcome, ApiError):
                 trouble = str(outcome)
-                wait_seconds = min(outcome.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
-                held_until = max(held_until, now + wait_seconds)
+                held_until = max(held_until, now + outcome.retry_after_seconds)
                 if outcome.ending == LOCKED_OUT:
                     stop = stop or outcome
             delay_seconds = settle(batches[order], attempt, outcome)
@@ -814,7 +808,7 @@ def main() -> int:
     if resume is None:
         show_section(f"Submitting {len(records)} Requests")
         for record in records[:5]:
-            say(f"    {record.custom_id}: {fit(record.question, 65)}")
+            say(f"    {record.custom_id}: {fit(record.question, 65).rstrip()}")
         if len(records) > 5:
             say(f"    ... and {len(records) - 5} more")
         say("\n  Submitting to Group API...")
@@ -824,7 +818,7 @@ def main() -> int:
     if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
         show_section("Polling for Results")
         stop = poll_all(unfinished, results, strays) or stop
-    stopped = fit(f"Stopped: {stop}", 1000) if stop else ""
+    stopped = fit(f"Stopped: {stop}", 1000).rstrip() if stop else ""
     if stop:
         say(f"\n  ✗ {stopped}")
 

@@ -196,7 +196,7 @@ def rejected(response: Response, is_submission: bool) -> ApiError:
         ending = LOCKED_OUT if is_too_long else UNAVAILABLE
     else:
         ending = REFUSED if 300 <= status < 500 else UNCERTAIN
-    return ApiError(ending, reason, wait_seconds or 0)
+    return ApiError(ending, reason, min(wait_seconds or 0, MAX_RETRY_AFTER_SECONDS))
 
 
 def usable_id(value: object) -> str | None:
@@ -369,7 +369,7 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make text from elsewhere fit for the screen: printable, and cut to so many columns."""
+    """Make text from elsewhere fit for the screen: printable, and cut or filled up to columns."""
     text = "".join(each if each.isprintable() else " " for each in text[:5000].strip())
     if width(text) > columns:
         ends = itertools.accumulate(map(width, text))
@@ -377,11 +377,6 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
         if at_word and " " in kept and text[len(kept)] != " ":
             kept = kept.rpartition(" ")[0]
         text = kept.rstrip() + "..."
-    return text.rstrip()
-
-
-def pad(text: str, columns: int) -> str:
-    """Fill text up to so many columns."""
     return text + " " * (columns - width(text))
 
 
@@ -415,9 +410,9 @@ def show_waiting(records: list[Record], attempt: int, since: float, trouble: str
     text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
     if sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 4), is_live=True)
+        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(text, 200))
+        say("  " + fit(text, 200).rstrip())
 
 
 def show_banner(title: str) -> None:
@@ -436,8 +431,8 @@ def show_submission(batch: Batch) -> None:
     mark, fate = MARKS[outcome_of(record)], record.error or ""
     if record.generation_id:
         mark, fate = "✓", fit(record.generation_id, 15)
-    text = f"{mark} {record.custom_id}: {fit(record.question, 44)} → {fate}"
-    say(f"    {fit(text, 76)}")
+    text = f"{mark} {record.custom_id}: {fit(record.question, 44).rstrip()} → {fate}"
+    say(f"    {fit(text, 76).rstrip()}")
 
 
 def show_finished(record: Record, done: int, total: int) -> None:
@@ -484,14 +479,14 @@ def show_table(records: list[Record], results_name: str) -> None:
     say("  ---------- ---------- ------------------------------ -------------------------")
     for record in records[:MAX_TABLE_ROWS]:
         outcome = outcome_of(record)
-        answer = fit(record.error or record.state, 25)
+        answer = record.error or record.state
         if outcome == SUCCESS:
             answer = fit(record.response or "(no text)", 25, at_word=True)
             if record.finish_reason == "length":
-                answer = pad(fit(answer, 12), 12) + " [max_tokens]"
-        name = pad(fit(f"{record.custom_id}", 10), 10)
-        question = pad(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {answer}")
+                answer = fit(answer, 12) + " [max_tokens]"
+        name = fit(f"{record.custom_id}", 10)
+        question = fit(fit(record.question, 28), 30)
+        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {fit(answer, 25).rstrip()}")
     if len(records) > MAX_TABLE_ROWS:
         say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
 
@@ -603,8 +598,7 @@ def carry_out(
             trouble = ""
             if isinstance(outcome, ApiError):
                 trouble = str(outcome)
-                wait_seconds = min(outcome.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
-                held_until = max(held_until, now + wait_seconds)
+                held_until = max(held_until, now + outcome.retry_after_seconds)
                 if outcome.ending == LOCKED_OUT:
                     stop = stop or outcome
             delay_seconds = settle(batches[order], attempt, outcome)
@@ -773,7 +767,7 @@ def main() -> int:
     if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
         show_section("Polling for Results")
         stop = poll_all(unfinished, results) or stop
-    stopped = fit(f"Stopped: {stop}", 1000) if stop else ""
+    stopped = fit(f"Stopped: {stop}", 1000).rstrip() if stop else ""
     if stop:
         say(f"\n  ✗ {stopped}")
 
