@@ -224,7 +224,8 @@ def test_rows_of_odd_values_are_refused_or_can_be_shown(
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | odd) + "\n")
     try:
         records, _ = module.read_results(path)
-    except ValueError:
+    except ValueError as error:
+        assert "needs a results file of this script" in str(error)
         return
     with contextlib.redirect_stdout(io.StringIO()):
         module.show_figures(records, 1.0, 1)
