@@ -222,10 +222,13 @@ def test_rows_of_odd_values_are_refused_or_can_be_shown(
     odd = data.draw(st.dictionaries(st.sampled_from(list(row)), scalars, max_size=3))
     path = tmp_path_factory.getbasetemp() / f"odd-{module.__name__}.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | odd) + "\n")
+    refusal = ""
     try:
         records, _ = module.read_results(path)
     except ValueError as error:
-        assert "needs a results file of this script" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "needs a results file of this script" in refusal
         return
     with contextlib.redirect_stdout(io.StringIO()):
         module.show_figures(records, 1.0, 1)
