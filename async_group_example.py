@@ -438,7 +438,7 @@ def show_submission(batch: Batch) -> None:
 
 def show_poll(attempt: int, batch: Batch, trouble: str, is_news: bool) -> None:
     """Show how many of the group's generations are final; no news only changes the live line."""
-    if sys.stdout.isatty() and attempt > 1 and not is_news:
+    if sys.stdout.isatty() and not is_news and (attempt > 1 or trouble):
         return
     total, running = len(batch), sum(record.state == IN_PROGRESS for record in batch)
     queued = sum(map(is_pending, batch)) - running
@@ -452,7 +452,7 @@ def show_unmatched(strays: list[Record]) -> None:
     """Show the generations that could not be matched to a question."""
     show_section("Unmatched Generations")
     for stray in strays:
-        text = f"{MARKS[stray.state]} {stray.generation_id}: {stray.response or stray.error}"
+        text = f"{MARKS[outcome_of(stray)]} {stray.generation_id}: {stray.response or stray.error}"
         say(f"    {fit(text, 76).rstrip()}")
 
 
@@ -547,6 +547,17 @@ jobs: queue.SimpleQueue[tuple[Ticket, Batch]] = queue.SimpleQueue()
 events: queue.SimpleQueue[tuple[Ticket | None, Any]] = queue.SimpleQueue()
 
 
+def submit(session: Session, batch: Batch) -> str:
+    """Submit the batch; return the id by which it is polled."""
+    requests = [build_request(f"{record.custom_id}", record.question) for record in batch]
+    return submit_group(session, requests, REQUEST_TIMEOUT_SECONDS)
+
+
+def poll(session: Session, batch: Batch) -> list[Any]:
+    """Return the generations of the batch's group as they are now."""
+    return fetch_group(session, str(batch[0].group_id), REQUEST_TIMEOUT_SECONDS)
+
+
 def interrupt(*_: object) -> None:
     """Take note of Ctrl-C; a second one ends the script at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -625,17 +636,6 @@ def carry_out(
         except OSError as error:
             stop = stop or error
     return stop
-
-
-def submit(session: Session, batch: Batch) -> str:
-    """Submit the batch; return the id by which it is polled."""
-    requests = [build_request(f"{record.custom_id}", record.question) for record in batch]
-    return submit_group(session, requests, REQUEST_TIMEOUT_SECONDS)
-
-
-def poll(session: Session, batch: Batch) -> list[Any]:
-    """Return the generations of the batch's group as they are now."""
-    return fetch_group(session, str(batch[0].group_id), REQUEST_TIMEOUT_SECONDS)
 
 
 def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:

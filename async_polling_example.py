@@ -531,6 +531,21 @@ jobs: queue.SimpleQueue[tuple[Ticket, Batch]] = queue.SimpleQueue()
 events: queue.SimpleQueue[tuple[Ticket | None, Any]] = queue.SimpleQueue()
 
 
+def submit(session: Session, batch: Batch) -> str:
+    """Submit the batch; return the id by which it is polled."""
+    request = build_request(batch[0].custom_id, batch[0].question)
+    return submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
+
+
+def poll(session: Session, batch: Batch) -> Json:
+    """Return the batch's generation as it is now; ApiError also if it is another request's."""
+    generation = fetch_generation(session, str(batch[0].generation_id), REQUEST_TIMEOUT_SECONDS)
+    echoed = dig(generation, str, "request", "metadata", "custom_id")
+    if echoed and echoed != batch[0].custom_id:
+        raise ApiError(UNCERTAIN, f"the answer is to another request, {echoed}")
+    return generation
+
+
 def interrupt(*_: object) -> None:
     """Take note of Ctrl-C; a second one ends the script at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -609,21 +624,6 @@ def carry_out(
         except OSError as error:
             stop = stop or error
     return stop
-
-
-def submit(session: Session, batch: Batch) -> str:
-    """Submit the batch; return the id by which it is polled."""
-    request = build_request(batch[0].custom_id, batch[0].question)
-    return submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
-
-
-def poll(session: Session, batch: Batch) -> Json:
-    """Return the batch's generation as it is now; ApiError also if it is another request's."""
-    generation = fetch_generation(session, str(batch[0].generation_id), REQUEST_TIMEOUT_SECONDS)
-    echoed = dig(generation, str, "request", "metadata", "custom_id")
-    if echoed and echoed != batch[0].custom_id:
-        raise ApiError(UNCERTAIN, f"the answer is to another request, {echoed}")
-    return generation
 
 
 def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:

@@ -18,7 +18,8 @@ README = (TOP / "README.md").read_text("utf-8")
 
 # What the two scripts define differently, since the two APIs differ in it.
 DIFFERENT = {
-    *("POLL_INTERVAL_SECONDS", "MAX_CONCURRENT_POLLS", "RESULTS_PREFIX"),
+    *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS"),
+    *("Batch", "RESULTS_PREFIX"),
     *("Record", "POLLED_ID", "read_results"),
     *("show_submission", "submit", "poll", "poll_all", "check_configuration", "main"),
 }
@@ -29,11 +30,12 @@ ONLY_GROUP = {
 
 
 def definitions(script: str) -> dict[str, str]:
-    """Return the source of all that a script defines, by name, in its order."""
+    """Return the lines of all that a script defines, by name, in its order."""
     source = (TOP / script).read_text("utf-8")
+    lines = source.splitlines()
     found: dict[str, str] = {}
     for node in ast.parse(source).body:
-        text = ast.get_source_segment(source, node) or ""
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found[text] = text
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -244,11 +246,16 @@ def test_pandas_reads_the_results_as_the_readme_has_it(
     }
 
 
-def test_the_figures_in_the_readme_are_the_scripts() -> None:
-    for script in SCRIPTS:
-        for name in re.findall(r"^([A-Z_]+) = \d", (TOP / script).read_text("utf-8"), re.M):
-            if name in definitions(script) and name.startswith(("NUM", "POLL", "MAX_POLL", "REQ")):
-                assert f"`{name}`" in README
+def test_the_readme_has_every_constant_with_its_value() -> None:
+    for column, script in enumerate((SINGLE, GROUP)):
+        top = (TOP / script).read_text("utf-8").split("SAMPLE_QUESTIONS")[0]
+        constants = re.findall(r"^([A-Z_]+) = (\S+)", top, re.M)
+        assert len(constants) == 7 - column
+        for name, value in constants:
+            [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+            shown = [cell.strip(" `") for cell in row.split("|")[2:4]]
+            shown[1] = shown[0] if shown[1] == "the same" else shown[1]
+            assert shown[column] == value.strip('"')
 
 
 def test_the_picture_is_of_a_run() -> None:
