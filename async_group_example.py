@@ -7,8 +7,8 @@
 A new run submits the group, then polls it until each of its generations is final. With --resume
 nothing is submitted: what an earlier run left unfinished is polled, and its file added to.
 
+to run it: uv run async_group_example.py
 environment: INFERENCE_API_KEY, your key; INFERENCE_BASE_URL, if the API is somewhere else
-
 exit codes: 0 every request succeeded; 1 some failed, are unfinished or unknown, or were not sent;
 2 a mistake in configuration or usage, nothing was sent; 130 interrupted
 """
