@@ -213,5 +213,5 @@ __all__ = [
     "one_each",
 ]
 
-hypothesis.settings.register_profile("quick", max_examples=50, deadline=None, database=None)
+hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, database=None)
 hypothesis.settings.load_profile("quick")

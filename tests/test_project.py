@@ -219,8 +219,8 @@ def test_the_questions_come_from_a_file_as_the_readme_has_it(example: Example) -
     assert [row["question"] for row in run.final.values()] == ["Why?", "東京?"]
 
 
-def test_the_readers_of_the_results_file_work(example: Example) -> None:
-    run = example.run()
+def test_jq_reads_the_results_as_the_readme_has_it(single: Example) -> None:
+    run = single.run()
     for command in blocks("bash"):
         for line in command.splitlines():
             if line.startswith("jq "):
@@ -233,10 +233,10 @@ def test_the_readers_of_the_results_file_work(example: Example) -> None:
 
 
 def test_pandas_reads_the_results_as_the_readme_has_it(
-    example: Example, monkeypatch: pytest.MonkeyPatch
+    single: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = example.run()
-    monkeypatch.chdir(example.folder)
+    run = single.run()
+    monkeypatch.chdir(single.folder)
     [lines] = [block for block in blocks("python") if "import pandas" in block]
     namespace: dict[str, Any] = {}
     exec(lines.replace("NAME.jsonl", run.results.name), namespace)
