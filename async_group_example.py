@@ -429,11 +429,11 @@ def show_section(title: str) -> None:
 
 def show_submission(batch: Batch) -> None:
     """Show what came of the submission."""
-    [group_id], [error] = {record.group_id for record in batch}, {record.error for record in batch}
-    if group_id:
-        say(f"  ✓ Group created: {group_id}\n  ✓ Group size: {len(batch)}")
+    first = batch[0]  # all share one fate
+    if first.group_id:
+        say(f"  ✓ Group created: {first.group_id}\n  ✓ Group size: {len(batch)}")
     else:
-        say(f"  {MARKS[outcome_of(batch[0])]} {fit(error or '', 76).rstrip()}")
+        say(f"  {MARKS[outcome_of(first)]} {fit(first.error or '', 76).rstrip()}")
 
 
 def show_poll(attempt: int, batch: Batch, trouble: str, is_news: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Example, Run, faulty
-from local_api import Fault, Json, after, reset, stall, status, web
+from local_api import Fault, Json, after, stall, status, web
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
@@ -380,9 +380,3 @@ def test_an_output_that_is_full(example: Example) -> None:
         run = example.run(stdout=full)
     assert run.code == 1
     assert "No space left" in run.stderr
-
-
-def test_a_reset_in_every_second_exchange(single: Example) -> None:
-    single.edit(NUM_REQUESTS=10)
-    single.api.choose_fault = faulty(reset, polls=True, times=3)
-    assert single.run().code == 0
