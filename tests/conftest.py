@@ -213,5 +213,11 @@ __all__ = [
     "one_each",
 ]
 
-hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "quick",
+    max_examples=25,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # it goes by the clock
+)
 hypothesis.settings.load_profile("quick")
