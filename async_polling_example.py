@@ -1,60 +1,45 @@
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["requests"]
 # ///
-"""Ask inference.net's Asynchronous API questions, one request each, and poll for the answers.
-
-A new run submits every question, then polls each generation until it is final. With --resume
-nothing is submitted: what an earlier run left unfinished is polled, and its file added to.
-
-to run it: uv run async_polling_example.py
-environment: INFERENCE_API_KEY, your key; INFERENCE_BASE_URL, if the API is somewhere else
-exit codes: 0 every request succeeded; 1 some failed, are unfinished or unknown, or were not sent;
-2 a mistake in configuration or usage, nothing was sent; 130 interrupted
-"""
+"""Ask inference.net's Asynchronous API questions, one request each, and poll for the answers."""
 
 import argparse
-import codecs
-import heapq
 import io
-import itertools
 import json
-import math
 import os
 import queue
 import random
 import re
 import shlex
-import signal
 import ssl
 import sys
-import textwrap
 import threading
 import time
 import unicodedata
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from requests import PreparedRequest, Response, Session
-from requests.exceptions import InvalidSchema, InvalidURL
-from urllib3.exceptions import InvalidHeader
+from requests import Response, Session
 from urllib3.util import Retry
 
-Json = dict[str, Any]
+# --- Configuration: what you edit
 
-# --- Configuration: what you edit ---
-
-NUM_REQUESTS = 10  # how many to submit; the questions are repeated where there are fewer
+NUM_REQUESTS = 10  # how many to submit; the questions repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
 POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it for a long wait
-MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; what is unfinished then can be resumed
-MAX_CONCURRENT_POLLS = 5  # threads, for submissions as well as polls; each keeps one connection
-REQUEST_TIMEOUT_SECONDS = 30  # to connect, and again for each wait for data
-RESULTS_DIR = "results"  # the folder for the results files; made where it is missing
+MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; --resume starts anew
+MAX_CONCURRENT_POLLS = 5  # worker threads, for submissions too; each keeps one connection
+REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
+RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
 SAMPLE_QUESTIONS = [
     "What is the capital of France?",
@@ -67,178 +52,171 @@ SAMPLE_QUESTIONS = [
     "How many days are in a leap year?",
     "What do bees make?",
     "What is the opposite of hot?",
-    "Which language is spoken in Brazil?",
-    "How many sides does a hexagon have?",
-    "At how many degrees Celsius does water freeze?",
-    "Who wrote Romeo and Juliet?",
-    "Which metal is liquid at room temperature?",
 ]
 
 
-def build_request(custom_id: str, question: str) -> Json:
-    """Return the chat completion request for a question; the API echoes its metadata (strings)."""
+def build_request(custom_id: str, question: str) -> dict[str, Any]:
+    """Return the chat completion request for a question; its custom_id comes with the answer."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 100,
-        "metadata": {"custom_id": custom_id},
+        "metadata": {"custom_id": custom_id},  # metadata takes strings only
     }
 
 
-# --- The API: every exchange brings an answer, or ends in an ApiError ---
+# --- The API: a function for each endpoint, and one below them for every exchange
 
-REFUSED = "refused"  # this request will not do
-LOCKED_OUT = "locked out"  # no exchange of this kind will do
-UNAVAILABLE = "unavailable"  # no answer, and surely not carried out
-UNCERTAIN = "uncertain"  # no answer, and perhaps carried out: a submission may be paid for
-MAX_RETRY_AFTER_SECONDS = 120  # the longest wait that a server is granted
+MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
+Json = dict[str, Any]
 
 
 class ApiError(Exception):
-    """An exchange without an answer: how it ended, and why, in a text free of the key."""
+    """An exchange failed: its class says how, its text why, with the key removed."""
 
-    def __init__(self, ending: str, reason: str, retry_after_seconds: float = 0) -> None:
-        super().__init__(hide_key(reason))
-        self.ending, self.retry_after_seconds = ending, retry_after_seconds
+    def __init__(self, reason: str, retry_after_seconds: float = 0) -> None:
+        super().__init__(reason.replace(api_key(), "[API key]")[:1000])
+        self.retry_after_seconds = min(retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
+
+
+class Refused(ApiError):
+    """The API does not take this request; others may be fine."""
+
+
+class LockedOut(ApiError):
+    """The API takes no request: the key, the credit or a certificate has to be mended."""
+
+
+class NotAccepted(ApiError):
+    """The exchange certainly had no effect, so it is safe to repeat."""
+
+
+class Uncertain(ApiError):
+    """The exchange may have had an effect: a submission that is repeated may be paid for twice."""
+
+
+def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
+    """Submit a chat completion request, and return its generation id; raise ApiError."""
+    answer = exchange(session, "POST", "/async/chat/completions", timeout_seconds, request)
+    generation_id = answer.get("id")
+    if not isinstance(generation_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", generation_id):
+        raise Uncertain(f"accepted, but with an id that cannot be polled: {generation_id!r}")
+    return generation_id
+
+
+def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
+    """Return a generation as it is now; raise ApiError. Just after its submission 404 is normal."""
+    generation = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
+    if generation.get("id") not in (None, generation_id):
+        raise Uncertain(f"the answer is another generation: {generation['id']!r}")
+    if not isinstance(generation.get("state"), str):
+        raise Uncertain("the answer has no state")
+    return generation
+
+
+def exchange(
+    session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
+) -> Json:
+    """Make one HTTP exchange, and return the JSON object in the API's answer.
+
+    timeout_seconds is for connecting and for each wait for data; the answer may take twice that.
+    Raises ApiError, or ValueError if INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used.
+    """
+    url, key = base_url() + path, api_key()
+    payload = None if body is None else io.BytesIO(json.dumps(body).encode())
+    try:
+        response = session.request(
+            method,
+            url,
+            data=payload,  # not read before a connection is open: its position tells
+            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+            auth=lambda request: request,  # without one, an entry in .netrc replaces the key
+            timeout=timeout_seconds,
+            allow_redirects=False,
+            # If there is a redirect, requests would read its body, and rewind the payload.
+            hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
+            stream=True,
+            proxies={"http": ""},  # plain http never leaves this machine: see base_url
+        )
+        with response:
+            if response.status_code < 200:  # the real answer is still to come on this connection
+                session.close()
+            content = read_body(response, 2 * timeout_seconds)
+    except Exception as error:  # not only those of requests: urllib3's come through it too
+        cause: BaseException = error
+        while cause.__context__:
+            cause = cause.__context__
+        reason = f"{type(error).__name__} at {url.split('/')[2]}: {cause}"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise LockedOut(reason) from error
+        raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
+    if not 200 <= response.status_code < 300:
+        raise status_error(response, content, method)
+    with suppress(ValueError, RecursionError):
+        answer = json.loads(content)
+        if isinstance(answer, dict):
+            return answer
+    raise Uncertain(f"HTTP {response.status_code}: the answer is not a JSON object")
 
 
 def api_key() -> str:
     """Return the key from INFERENCE_API_KEY, or raise a ValueError that does not show it."""
     key = os.environ.get("INFERENCE_API_KEY", "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise ValueError("INFERENCE_API_KEY must be set to your key, which is printable ASCII")
+        hint = "export INFERENCE_API_KEY=... (keys are on the dashboard of https://inference.net)"
+        raise ValueError(f"set INFERENCE_API_KEY to your key, for example: {hint}")
     return key
 
 
 def base_url() -> str:
-    """Return the API's URL from INFERENCE_BASE_URL, or raise ValueError if no key may go there."""
-    url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip()
-    origin = r"https://([\w.-]+|\[[\da-f:.]+\])|http://(localhost|127(\.\d+){3}|\[::1\])"
-    match = re.fullmatch(rf"({origin})(:(?P<port>\d+))?(/[\w.~/%-]*)?", url, re.I | re.A)
-    if not match or int(match["port"] or 443) > 65535:
-        what = "an https URL, or an http one on the loopback interface"  # http would show the key
-        raise ValueError(f"INFERENCE_BASE_URL must be {what}, not {url!r}")
-    return url.rstrip("/")
+    """Return INFERENCE_BASE_URL; raise ValueError if it would show the key, as plain http does."""
+    url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
+    https, http = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127(\.\d+){3}|\[::1\])"
+    if not re.fullmatch(rf"({https}|{http})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
+        raise ValueError(f"INFERENCE_BASE_URL must be https, or http on this machine, not {url!r}")
+    return url
 
 
-def hide_key(text: str) -> str:
-    """Return text without the key, which a server may echo."""
-    return text.replace(api_key(), "[API key]")
+def status_error(response: Response, content: bytes, method: str) -> ApiError:
+    """Return the ApiError for an HTTP status that is not 2xx."""
+    status, text, retry_after_seconds = response.status_code, content.decode(errors="replace"), 0.0
+    with suppress(ValueError, TypeError, LookupError, RecursionError):  # HTML, from a proxy
+        text = str(json.loads(text)["error"]["message"])
+    text = re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason
+    reason = f"HTTP {status}: {text}"
+    with suppress(Exception):  # there is none, or one that cannot be read, in one of many ways
+        retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
+        reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
+    if status in (401, 403):
+        return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
+    is_too_long = retry_after_seconds > MAX_RETRY_AFTER_SECONDS
+    if method == "POST" and (status == 402 or (status == 429 and is_too_long)):
+        return LockedOut(reason)
+    if status == 429:
+        return NotAccepted(reason, retry_after_seconds)
+    return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
-def authorize(request: PreparedRequest) -> PreparedRequest:
-    """Put the key into a request, as its auth: a plain header would be overridden by .netrc."""
-    request.headers["Authorization"] = f"Bearer {api_key()}"
-    return request
+def read_body(response: Response, limit_seconds: float) -> bytes:
+    """Return the body of an answer; TimeoutError if it drips for longer than limit_seconds."""
+    deadline = time.monotonic() + limit_seconds
+    body = bytearray()
+    for chunk in response.iter_content(64):  # each is waited for until it is full, so: small
+        body += chunk
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the answer took more than {limit_seconds} s")
+    return bytes(body)
 
 
-def exchange(session: Session, path: str, timeout_seconds: float, body: Json | None = None) -> Json:
-    """GET path, or POST body to it; return the JSON object that answers, or raise ApiError."""
-    # A file object is read once the connection stands and not before, so that its position
-    # tells whether anything of the request's body can have reached the server.
-    payload = io.BytesIO(json.dumps(body).encode()) if body else None
-    url = base_url() + path
-    try:
-        response = session.request(
-            "POST" if body else "GET",
-            url,
-            data=payload,
-            headers={"Content-Type": "application/json"} if body else None,
-            auth=authorize,
-            timeout=timeout_seconds,
-            allow_redirects=False,
-            proxies={"http": ""},  # plain http is for the loopback, where a proxy has no business
-        )
-    except Exception as error:  # not all that comes out of a broken exchange is requests' own
-        raise broken(error, has_left=bool(payload and payload.tell())) from error
-    if not 200 <= response.status_code < 300:
-        raise rejected(response, is_submission=bool(body))
-    try:
-        answer = json.loads(response.content)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise ApiError(UNCERTAIN, f"HTTP {response.status_code}: the answer is no JSON object")
-    return answer
+# --- The record: a request and what has become of it
 
-
-def broken(error: Exception, has_left: bool) -> ApiError:
-    """Return the ApiError for an exchange that broke; has_left: after its body began to leave."""
-    cause: BaseException = error
-    while deeper := cause.__cause__ or cause.__context__:
-        cause = deeper
-    ending = UNCERTAIN if has_left else UNAVAILABLE
-    # What no retry mends: a proxy's URL, a CA bundle that is not there (a bare OSError), and
-    # a certificate that can't be trusted, as against other trouble with TLS.
-    is_setting = isinstance(error, (InvalidURL, InvalidSchema)) or type(error) is OSError
-    if is_setting or isinstance(cause, ssl.SSLCertVerificationError):
-        ending = LOCKED_OUT
-    return ApiError(ending, f"{type(error).__name__}: {cause}")
-
-
-def rejected(response: Response, is_submission: bool) -> ApiError:
-    """Return the ApiError for an answer whose status is not 2xx."""
-    status = response.status_code
-    try:
-        message = str(json.loads(response.content)["error"]["message"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        message = re.sub("<[^>]*>", " ", response.content[:2000].decode(errors="replace"))
-    reason = f"HTTP {status}: {' '.join(message.split()) or response.reason}"
-    try:
-        wait_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
-    except (LookupError, ValueError, OverflowError, InvalidHeader):
-        wait_seconds = None
-    reason += f" (Retry-After: {wait_seconds:.0f} s)" if wait_seconds else ""
-    if status in (401, 403) or (is_submission and status == 402):
-        ending = LOCKED_OUT
-    elif status == 429 or (status == 503 and wait_seconds is not None):
-        is_too_long = is_submission and (wait_seconds or 0) > MAX_RETRY_AFTER_SECONDS
-        ending = LOCKED_OUT if is_too_long else UNAVAILABLE
-    else:
-        ending = REFUSED if 300 <= status < 500 else UNCERTAIN
-    return ApiError(ending, reason, min(wait_seconds or 0, MAX_RETRY_AFTER_SECONDS))
-
-
-def usable_id(value: object) -> str | None:
-    """Return value if it is an id; anything else might change the URL that it is put in."""
-    return value if isinstance(value, str) and re.fullmatch("[A-Za-z0-9_-]+", value) else None
-
-
-def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
-    """Submit a chat completion request; return its generation id, or raise ApiError.
-
-    POST /v1/async/chat/completions. After an UNCERTAIN end it may have been accepted: sent
-    again, it may be paid for twice.
-    """
-    answer = exchange(session, "/async/chat/completions", timeout_seconds, request)
-    generation_id = usable_id(answer.get("id"))
-    if not generation_id:
-        raise ApiError(UNCERTAIN, "the answer has no usable id")
-    return generation_id
-
-
-def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
-    """Return a generation as it is now, with its state, or raise ApiError.
-
-    GET /v1/generation/{id}. A 404 for a while after the submission is normal.
-    """
-    generation = exchange(session, f"/generation/{generation_id}", timeout_seconds)
-    if not isinstance(generation.get("state"), str):
-        raise ApiError(UNCERTAIN, "the answer has no state")
-    return generation
-
-
-# --- The record of a request, and the results file ---
-
-NOT_SENT, SUBMITTING, UNKNOWN = "Not sent", "Submitting", "Unknown"  # before the API has a word
-QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # its words
-PENDING = "Pending"  # the outcome, so far, of what is accepted and not final
-MAX_NUMBER = 2**53  # the end of what every JSON reader agrees on
+QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
+NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"  # ours
 
 
 @dataclass
 class Record:
-    """A request and its fate. As JSON, a row of the results file: the last row of an id counts."""
+    """A request and what has become of it; as JSON, a row of the results file."""
 
     custom_id: str
     question: str
@@ -249,140 +227,227 @@ class Record:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
-    duration_ms: int | float | None = None
+    duration_ms: float | None = None
     error: str | None = None
 
-
-POLLED_ID = "generation_id"  # the field with the id by which the API is polled
-Batch = list[Record]  # what travels in one exchange; here a single record
-
-
-def outcome_of(record: Record) -> str:
-    """Return what the record has come to: SUCCESS, FAILED, UNKNOWN, PENDING or NOT_SENT."""
-    if record.state in (SUCCESS, FAILED):
-        return record.state
-    if getattr(record, POLLED_ID):
-        return PENDING
-    return UNKNOWN if record.state in (SUBMITTING, UNKNOWN) else NOT_SENT
+    @property
+    def outcome(self) -> str:
+        """SUCCESS, FAILED, PENDING, NOT_SENT, or UNKNOWN: it may have been accepted."""
+        if self.state in (SUCCESS, FAILED):
+            return self.state
+        if self.generation_id:
+            return PENDING
+        return NOT_SENT if self.state == NOT_SENT else UNKNOWN
 
 
-def is_pending(record: Record) -> bool:
-    """Tell whether the API has accepted the request, and its answer is still to come."""
-    return outcome_of(record) == PENDING
-
-
-def dig(value: Any, kind: type, *path: str | int) -> Any:
-    """Follow path into JSON; return what is there if it is of that kind, and else None."""
-    try:
-        for step in path:
-            value = value[step]
-    except (LookupError, TypeError):
-        return None
-    return value if isinstance(value, kind) else None
-
-
-def parse_time(text: object) -> datetime | None:
-    """Return an ISO 8601 time, UTC where it names no offset; None if it is not one."""
-    # Python 3.10 reads neither a Z nor any number of decimals but three and six.
-    padded = re.sub(r"\.\d+", r"\g<0>00000", str(text))
-    iso = re.sub(r"(\.\d{6})\d+", r"\1", padded).replace("Z", "+00:00")
-    try:
-        parsed = datetime.fromisoformat(iso)
-    except ValueError:
-        return None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)
-
-
-def apply(record: Record, generation: Json) -> None:
-    """Copy into record what is known of its generation, any field of which may be odd."""
+def copy_generation(generation: Json, record: Record) -> None:
+    """Copy a generation into its record. All but its state may be missing, or of an odd type."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
-    record.error = hide_key(reason) if record.state == FAILED else None
+    record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
     content = dig(generation, object, "response", "choices", 0, "message", "content")
-    parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else dig(part, str, "text") for part in parts]
-    record.response = "".join(filter(None, texts)) or None
+    record.response = content if isinstance(content, str | None) else json.dumps(content)
     record.finish_reason = dig(generation, str, "response", "choices", 0, "finish_reason")
-    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        count = dig(generation, int, "response", "usage", name)
-        setattr(record, name, count if count is None or 0 <= count < MAX_NUMBER else None)
-    dispatched = parse_time(generation.get("dispatchedAt"))
-    finished = parse_time(generation.get("finishedAt"))
-    if dispatched and finished and finished >= dispatched:
+    record.prompt_tokens = dig(generation, int, "response", "usage", "prompt_tokens")
+    record.completion_tokens = dig(generation, int, "response", "usage", "completion_tokens")
+    record.total_tokens = dig(generation, int, "response", "usage", "total_tokens")
+    times = [str(generation.get(key)) for key in ("dispatchedAt", "finishedAt")]
+    with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
+        times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
+        dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
         record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
 
 
-def save(results: io.FileIO, records: list[Record]) -> None:
-    """Append a row for each of the records, all or none; OSError if they can't be written."""
-    rows = "".join(json.dumps(vars(record)) + "\n" for record in records).encode()
-    size = results.seek(0, os.SEEK_END)
-    try:
-        if results.write(rows) < len(rows):
-            raise OSError(f"no room left for {results.name}")
-    except OSError:
-        results.truncate(size)  # else the next row would be glued to a torn one
-        raise
+def dig(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow path into JSON; return what is there if it is of that kind, otherwise None."""
+    with suppress(LookupError, TypeError):
+        for step in path:
+            value = value[step]
+        return value if isinstance(value, kind) else None
+    return None
 
 
-def read_results(path: Path) -> tuple[list[Record], int | None]:
-    """Return the records in a results file, and where its last line begins if a kill tore it.
+# --- The work: submit, then poll until final
 
-    Raises OSError if the file can't be read, ValueError if it is not one of this script's.
+# Worker threads make the exchanges and keep the records: an id is saved by the thread that
+# receives it, whatever becomes of the caller's thread, which hands out work and waits.
+# Once the event named stop is set, workers send nothing more.
+
+MAX_SUBMIT_ATTEMPTS = 5
+TICK_SECONDS = 0.25  # how often tick is called
+Records = list[Record]
+Save = Callable[[Records], object]
+Tick = Callable[[], object]  # object, the default, does nothing
+sessions: defaultdict[int, Session] = defaultdict(Session)  # one for each thread, by its ident
+held_until = 0.0  # on time.monotonic: no exchange begins before
+
+
+def submit_all(
+    pool: Executor, records: Records, save: Save, tick: Tick = object
+) -> Iterator[Record]:
+    """Submit each request; yield the records in order, once it is known what came of them.
+
+    Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
+    records before and after their submission; tick is called a few times a second while it waits.
+    Raises TimeoutError if a worker is stuck, and, after the last record, what ended the submitting
+    early: LockedOut, NotAccepted (the API is down, or has no room) or an error of save.
     """
-    content = path.read_bytes() if path.is_file() else b""
-    *lines, torn = content.split(b"\n")
-    records: dict[str, Record] = {}
-    types = get_type_hints(Record)
+    stop = threading.Event()
+    failure: BaseException | None = None
     try:
-        for row in map(json.loads, lines):
-            record = Record(**row)
-            records[record.custom_id] = record
-            if not usable_id(row[POLLED_ID] or "none"):
-                raise ValueError
-            for name, kind in types.items():
-                value = row[name]
-                is_absurd = isinstance(value, (int, float)) and not 0 <= value < MAX_NUMBER
-                if is_absurd or not isinstance(value, kind):
-                    raise ValueError
-    except (ValueError, TypeError, LookupError, RecursionError):
-        records = {}
-    if not any(record.custom_id for record in records.values()):
-        raise ValueError(f"--resume needs a results file of this script, which {path} is not")
-    return list(records.values()), len(content) - len(torn) if torn else None
+        futures = [pool.submit(submit, record, save, stop) for record in records]
+        for record, future in zip(records, futures, strict=True):
+            since = time.monotonic()
+            while not wait([future], TICK_SECONDS).done:
+                check_stall(since)
+                tick()
+            failure = failure or future.exception()
+            yield record
+    finally:
+        stop.set()
+    if failure:
+        raise failure
 
 
-# --- The screen ---
+def submit(record: Record, save: Save, stop: threading.Event) -> None:
+    """Submit one request, in a worker; again only while it was certainly not accepted."""
+    request = build_request(record.custom_id, record.question)
+    for attempt in range(MAX_SUBMIT_ATTEMPTS):
+        backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
+        if not wait_to_send(backoff_seconds, stop):
+            return
+        save([replace(record, state=SUBMITTING)])  # what cannot be recorded is not sent
+        record.state, record.error = SUBMITTING, None
+        try:
+            session = sessions[threading.get_ident()]
+            record.generation_id = submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
+            record.state = QUEUED
+        except Refused as error:
+            record.state, record.error = FAILED, str(error)
+        except Uncertain as error:
+            record.state, record.error = UNKNOWN, str(error)
+            hold_back(error.retry_after_seconds)
+        except NotAccepted as error:
+            record.state, record.error, failure = NOT_SENT, str(error), error
+            hold_back(error.retry_after_seconds)
+        except LockedOut as error:
+            record.state, record.error = NOT_SENT, str(error)
+            stop.set()
+            raise
+        finally:
+            save([record])
+        if record.state != NOT_SENT:
+            return
+    stop.set()
+    raise failure
+
+
+def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) -> Iterator[Record]:
+    """Poll each generation every POLL_INTERVAL_SECONDS; yield the records that become final.
+
+    Iterating, save and tick are as in submit_all. After MAX_POLL_ATTEMPTS polls a record stays
+    pending. Raises LockedOut, an error of save, or TimeoutError if workers are stuck.
+    """
+    stop = threading.Event()
+    waiting = deque((0.0, 1, record) for record in records)  # the next one due is always first
+    polled: dict[Future[None], tuple[int, Record]] = {}
+    done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+    try:
+        while waiting or polled:
+            now = time.monotonic()
+            while waiting and waiting[0][0] <= now:
+                _, attempt, record = waiting.popleft()
+                future = pool.submit(poll, record, save, stop)
+                polled[future] = attempt, record
+                future.add_done_callback(done.put)
+                since = now
+            due_in_seconds = waiting[0][0] - now if waiting else TICK_SECONDS
+            try:
+                future = done.get(timeout=min(due_in_seconds, TICK_SECONDS))
+            except queue.Empty:
+                if not waiting:
+                    check_stall(since)
+                tick()
+                continue
+            since = time.monotonic()
+            attempt, record = polled.pop(future)
+            future.result()
+            if record.outcome != PENDING:
+                yield record
+            elif attempt < MAX_POLL_ATTEMPTS:
+                waiting.append((since + POLL_INTERVAL_SECONDS, attempt + 1, record))
+    finally:
+        stop.set()
+
+
+def poll(record: Record, save: Save, stop: threading.Event) -> None:
+    """Poll a generation once, in a worker; whatever breaks, the record stays pending."""
+    if not wait_to_send(0, stop):
+        return
+    try:
+        session, generation_id = sessions[threading.get_ident()], str(record.generation_id)
+        generation = fetch_generation(session, generation_id, REQUEST_TIMEOUT_SECONDS)
+        echoed = dig(generation, str, "request", "metadata", "custom_id")
+        if echoed and echoed != record.custom_id:
+            raise Uncertain(f"the answer is to another request: {echoed!r}")
+    except ApiError as error:
+        record.error = str(error)
+        hold_back(error.retry_after_seconds)
+        if isinstance(error, LockedOut):
+            raise
+        return
+    copy_generation(generation, record)
+    if record.outcome != PENDING:
+        save([record])
+
+
+def hold_back(seconds: float) -> None:
+    """Make every worker wait before its next exchange: Retry-After speaks of the account."""
+    global held_until
+    held_until = max(held_until, time.monotonic() + seconds)
+
+
+def wait_to_send(seconds: float, stop: threading.Event) -> bool:
+    """Wait that long, and until held_until; return False if the work is stopped."""
+    until = time.monotonic() + seconds
+    while not stop.is_set() and (left := max(until, held_until) - time.monotonic()) > 0:
+        stop.wait(left)
+    return not stop.is_set()
+
+
+def check_stall(since: float) -> None:
+    """Raise TimeoutError if a worker is stuck since then, as on a header that drips for ever."""
+    limit_seconds = 20 * REQUEST_TIMEOUT_SECONDS + 20  # more than slow exchanges that end well
+    if time.monotonic() > max(since, held_until) + limit_seconds:
+        raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
+
+
+# --- The screen: everything that prints
 
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
-LABELS = dict(zip(MARKS, ("Successful", FAILED, UNKNOWN, "Unfinished", NOT_SENT), strict=True))
-PLAIN_SYMBOLS = dict(zip("█░✓✗…•→⏳", "#-+x.*>~", strict=True))  # for a stdout that can't show them
-MAX_TABLE_ROWS = 50
-MAX_SILENCE_SECONDS = 60
-
-live_columns = 0  # the width of the live line that stands on the terminal
-said_at = 0.0  # when the last line was shown
+MAX_ROWS = 50  # of the table, and of each list
+MAX_SILENCE_SECONDS = 60  # in a pipe or a file
+RULE = "=" * 80
+live_columns, said_at = 0, 0.0  # the width of the live line, if there is one; the last print
 
 
 def width(text: str) -> int:
     """Return how many columns of a terminal text takes."""
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
+    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in text)
+    return len(text) + wide - sum(unicodedata.category(each) in ("Mn", "Me") for each in text)
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make text from elsewhere fit for the screen: printable, and cut or filled up to columns."""
-    text = "".join(each if each.isprintable() else " " for each in text[:5000].strip())
+    """Make untrusted text printable, and cut or fill it to exactly so many columns."""
+    text = "".join(each if each.isprintable() else " " for each in text[:2000].strip())
     if width(text) > columns:
-        ends = itertools.accumulate(map(width, text))
-        kept = text[: sum(end <= columns - 3 for end in ends)]
-        if at_word and " " in kept and text[len(kept)] != " ":
+        kept = text[: columns - 3]
+        while width(kept) > columns - 3:
+            kept = kept[:-1]
+        if at_word and text[len(kept)] != " " and " " in kept[columns // 2 :]:
             kept = kept.rpartition(" ")[0]
         text = kept.rstrip() + "..."
     return text + " " * (columns - width(text))
-
-
-def show_plainly(error: Any) -> tuple[str, int]:
-    """Replace a character that stdout can't show: the error handler for its encoding."""
-    return PLAIN_SYMBOLS.get(error.object[error.start], "?"), error.start + 1
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -392,404 +457,319 @@ def bar(done: int, total: int, columns: int) -> str:
 
 
 def say(text: str, is_live: bool = False) -> None:
-    """Show text in the place of the live line, or as the live line."""
+    """Print a line in the place of the live line, or a new live line."""
     global live_columns, said_at
     erase = "\r" + " " * (live_columns + len("^C")) + "\r" if live_columns else ""
     print(erase + text, end="" if is_live else "\n", flush=True)
-    live_columns = width(text) if is_live else 0
-    said_at = time.monotonic()
+    live_columns, said_at = width(text) if is_live else 0, time.monotonic()
 
 
-def show_waiting(records: list[Record], attempt: int, since: float, trouble: str) -> None:
-    """Show what is waited for: in the live line of a terminal, or once a minute elsewhere."""
-    outcomes = Counter(map(outcome_of, records))
+def show_section(title: str) -> None:
+    """Print the heading of a section."""
+    say(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
+
+
+def show_waiting(records: Records, since: float) -> None:
+    """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
+    counts = Counter(record.outcome for record in records)
     running = sum(record.state == IN_PROGRESS for record in records)
-    queued = outcomes[PENDING] - running
-    gauge = bar(outcomes[SUCCESS] + outcomes[FAILED], len(records), 4)
-    passed = timedelta(seconds=int(time.monotonic() - since))
-    text = f"[{attempt:>3}] {gauge} ⏳ {running} running, {queued} queued, {passed} {trouble}"
-    if sys.stdout.isatty():
+    text = f"{running} running, {counts[PENDING] - running} queued"
+    if counts[NOT_SENT]:
+        text = f"{len(records) - counts[NOT_SENT]}/{len(records)} submitted"
+    troubles = (each.error for each in records if each.outcome in (PENDING, NOT_SENT))
+    elapsed = timedelta(seconds=int(time.monotonic() - since))
+    text = f"⏳ {text}, {elapsed} {next(filter(None, troubles), '')}"
+    if sys.stdout and sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
         say("  " + fit(text, columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
         say("  " + fit(text, 200).rstrip())
 
 
-def show_banner(title: str) -> None:
-    """Show a title between two rules."""
-    say(f"{'=' * 80}\n {title}\n{'=' * 80}")
-
-
-def show_section(title: str) -> None:
-    """Show the heading of a section."""
-    say(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
-
-
-def show_submission(batch: Batch) -> None:
-    """Show what came of a submission."""
-    [record] = batch
-    mark, fate = MARKS[outcome_of(record)], record.error or ""
-    if record.generation_id:
-        mark, fate = "✓", fit(record.generation_id, 15)
+def show_submission(record: Record) -> None:
+    """Print what came of a submission."""
+    fate = fit(record.generation_id, 15) if record.generation_id else answer_of(record)
+    mark = "✓" if record.generation_id else MARKS[record.outcome]
     text = f"{mark} {record.custom_id}: {fit(record.question, 44).rstrip()} → {fate}"
     say(f"    {fit(text, 76).rstrip()}")
 
 
-def show_finished(record: Record, done: int, total: int) -> None:
-    """Show a generation that has just become final, and how many have."""
-    mark, percent = MARKS[outcome_of(record)], done * 100 // total
-    say(f"  [{done:>3}/{total}] {bar(done, total, 30)} {percent}% {mark} {record.custom_id}")
+def show_final(record: Record, done: int, total: int) -> None:
+    """Print that a generation has become final, and how many have."""
+    gauge = f"[{done:>3}/{total}] {bar(done, total, 30)} {done * 100 // total}%"
+    say(f"  {gauge} {MARKS[record.outcome]} {record.custom_id}")
 
 
-def show_figures(records: list[Record], wall_seconds: float, finished: int) -> None:
-    """Show success rate, performance and tokens; finished: how many became final in this run."""
-    counts = Counter(map(outcome_of, records))
+def answer_of(record: Record) -> str:
+    """Return the answer to a request, or why there is none."""
+    if record.outcome == SUCCESS:
+        return record.response or "(no text)"
+    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
+
+
+def show_rows(records: Records, row: Callable[[Record], str], path: Path) -> None:
+    """Print a row for each record, but at most MAX_ROWS."""
+    for record in records[:MAX_ROWS]:
+        say(row(record))
+    if len(records) > MAX_ROWS:
+        say(f"    ... and {len(records) - MAX_ROWS} more in {path}")
+
+
+def table_row(record: Record) -> str:
+    """Return a request and its answer, or why there is none, side by side."""
+    answer = fit(answer_of(record), 25, at_word=True).rstrip()
+    if record.finish_reason == "length":
+        answer = fit(answer, 12) + " [max_tokens]"
+    name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
+    return f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}"
+
+
+def list_row(record: Record) -> str:
+    """Return what identifies a request, and why it has no answer, in full."""
+    name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
+    return f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}"
+
+
+def show_figures(records: Records, seconds: float, finished: int) -> None:
+    """Print success rate, times and tokens; finished: how many became final in these seconds."""
+    counts = Counter(record.outcome for record in records)
     done, total = counts[SUCCESS], len(records)
-    shown = [outcome for outcome in MARKS if counts[outcome] or outcome in (SUCCESS, FAILED)]
-    lines = "".join(f"      {LABELS[each] + ':':<13}{counts[each]:>4}\n" for each in shown)
-    durations = [record.duration_ms for record in records if record.duration_ms is not None] or [0]
+    others = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if counts[each])]
+    rows = "".join(f"\n      {f'{each}:':<13}{counts[each]:>4}" for each in others)
+    times = [record.duration_ms for record in records if record.duration_ms is not None]
+    extremes = (sum(times) / len(times), min(times), max(times)) if times else ()
+    average, least, most = [f"{ms:.1f}ms" for ms in extremes] or ["-", "-", "-"]
     completions = [record.completion_tokens for record in records if record.completion_tokens]
+    mean = f"{sum(completions) / len(completions):,.1f}" if completions else "-"
     say(f"""
+{RULE}
+ ASYNC GENERATION SUMMARY
+{RULE}
+
   Success Rate
   ----------------
   {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
 
-{lines}      Total:       {total:>4}
+      Successful:  {done:>4}{rows}
+      Total:       {total:>4}
 
   Performance Metrics
   -----------------------
-      Total wall-clock time: {wall_seconds:>10.2f}s
-      Avg generation time:   {sum(durations) / len(durations):>10.1f}ms
-      Min generation time:   {min(durations):>10.1f}ms
-      Max generation time:   {max(durations):>10.1f}ms
-      Throughput:            {finished / max(wall_seconds, 0.01):>10.2f} req/s
+      Total wall-clock time: {seconds:>10.2f}s
+      Avg generation time:   {average:>12}
+      Min generation time:   {least:>12}
+      Max generation time:   {most:>12}
+      Throughput:            {finished / max(seconds, 0.01):>10.2f} req/s
 
   Token Usage
   ---------------
       Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
       Completion tokens: {sum(completions):>10,}
       Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
-      Avg completion/req:{sum(completions) / max(len(completions), 1):>10,.1f}""")
+      Avg completion/req:{mean:>10}""")
 
 
-def show_table(records: list[Record], results_name: str) -> None:
-    """Show each answer beside its question."""
+def show_answers(records: Records, path: Path, resume: str) -> str:
+    """Print what was answered, what was not and what to do; return what was not, counted."""
     show_section("Request-Response Correlation")
     say("  ID         Status     Question                       Response")
     say("  ---------- ---------- ------------------------------ -------------------------")
-    for record in records[:MAX_TABLE_ROWS]:
-        outcome = outcome_of(record)
-        answer = record.error or record.state
-        if outcome == SUCCESS:
-            answer = fit(record.response or "(no text)", 25, at_word=True)
-            if record.finish_reason == "length":
-                answer = fit(answer, 12) + " [max_tokens]"
-        name = fit(f"{record.custom_id}", 10)
-        question = fit(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[outcome]} {outcome:8} {question} {fit(answer, 25).rstrip()}")
-    if len(records) > MAX_TABLE_ROWS:
-        say(f"  ... and {len(records) - MAX_TABLE_ROWS} more in {results_name}")
+    show_rows(records, table_row, path)
+    counts = []
+    for outcome, advice in (
+        (FAILED, ""),
+        (UNKNOWN, "Perhaps accepted, and paid for: see the dashboard before you send them again."),
+        (PENDING, f"Accepted, and paid for. To go on polling:\n      {resume}"),
+        (NOT_SENT, f"To submit them, and poll what is pending:\n      {resume} --submit"),
+    ):
+        listed = [record for record in records if record.outcome == outcome]
+        if listed:
+            counts.append(f"{len(listed)} {outcome.lower()}")
+            show_section(f"{outcome} Requests")
+            show_rows(listed, list_row, path)
+            say(f"\n    {advice}".rstrip())
+    return ", ".join(counts)
 
 
-def show_ending(records: list[Record], results_name: str, resume: str, stopped: str) -> None:
-    """Show what did not succeed and what to do about it, and where the results are."""
-    for outcome in (FAILED, UNKNOWN, PENDING):
-        listed = [record for record in records if outcome_of(record) == outcome]
-        if not listed:
-            continue
-        show_section(f"{LABELS[outcome]} Requests")
-        for record in listed:
-            name = f"{record.custom_id} {record.generation_id or getattr(record, POLLED_ID) or ''}"
-            state = f"{record.state} " if outcome == PENDING else ""
-            text = fit(f"{MARKS[outcome]} {name.strip()}: {state}{record.error or ''}", 1000)
-            letters = 76 if width(text) == len(text) else 38  # wide ones take two columns
-            say(textwrap.indent(textwrap.fill(text, letters), "    "))
-        if outcome == UNKNOWN:
-            say("\n    Perhaps accepted and paid for: look in the dashboard, then send anew.")
-        if outcome == PENDING:
-            say(f"\n    Paid for, and still to be fetched:\n      {resume}")
-    counts = Counter(map(outcome_of, records))
-    others = [outcome for outcome in (UNKNOWN, PENDING, NOT_SENT) if counts[outcome]]
-    left = ", ".join(f"{counts[outcome]} {LABELS[outcome].lower()}" for outcome in others)
-    say(f"\n  Results: {results_name}\n")
-    show_banner(f"Not complete: {left}" if left else stopped or "Generation complete!")
-
-
-# --- The work: submit, then poll ---
-
-# The main thread alone owns the records, the results file, the screen and the clock. Workers
-# carry out one exchange at a time: they take it from jobs, and put how it ended into events.
-
-MAX_SUBMIT_ATTEMPTS = 5
-GRACE_SECONDS = 2  # what exchanges in flight are left at Ctrl-C
-TICK_SECONDS = 0.5  # how often the live line is redrawn and deadlines are looked at
-
-Call = Callable[[Session, Batch], Any]
-Ticket = tuple[Call, int, int]  # what to carry out, for which batch, in which attempt
-
-jobs: queue.SimpleQueue[tuple[Ticket, Batch]] = queue.SimpleQueue()
-events: queue.SimpleQueue[tuple[Ticket | None, Any]] = queue.SimpleQueue()
-
-
-def submit(session: Session, batch: Batch) -> str:
-    """Submit the batch; return the id by which it is polled."""
-    request = build_request(batch[0].custom_id, batch[0].question)
-    return submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
-
-
-def poll(session: Session, batch: Batch) -> Json:
-    """Return the batch's generation as it is now; ApiError also if it is another request's."""
-    generation = fetch_generation(session, str(batch[0].generation_id), REQUEST_TIMEOUT_SECONDS)
-    echoed = dig(generation, str, "request", "metadata", "custom_id")
-    if echoed and echoed != batch[0].custom_id:
-        raise ApiError(UNCERTAIN, f"the answer is to another request, {echoed}")
-    return generation
-
-
-def interrupt(*_: object) -> None:
-    """Take note of Ctrl-C; a second one ends the script at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    events.put((None, KeyboardInterrupt("Ctrl-C")))
-
-
-def work() -> None:
-    """Carry out jobs over one connection, in a thread that never holds up the exit."""
-    session = Session()
-    while True:
-        ticket, batch = jobs.get()
-        call = ticket[0]
-        try:
-            events.put((ticket, call(session, batch)))
-        except ApiError as error:
-            events.put((ticket, error))
-
-
-def carry_out(
-    batches: list[Batch],
-    call: Call,
-    settle: Callable[[Batch, int, Any], float | None],
-    results: io.FileIO,
-) -> BaseException | None:
-    """Have workers carry out call(session, batch) for each batch, until none is due again.
-
-    settle(batch, attempt, outcome) takes what call returned, or its ApiError, and returns in how
-    many seconds the batch is due again, if at all. Returns what ended the work early: Ctrl-C, the
-    OSError of a file or screen that can't be written, or the ApiError that locked us out. Then
-    nothing more leaves, and what is in flight is waited for.
-    """
-    started = time.monotonic()
-    due = [(started, order, 1) for order in range(len(batches))]  # a heap
-    deadlines: dict[Ticket, float] = {}  # of what is in flight
-    held_until, tick_at, grace_ends = 0.0, 0.0, math.inf
-    attempt, trouble = 0, ""
-    stop: BaseException | None = None
-    while deadlines or (due and not stop):
-        now = time.monotonic()
-        may_leave = due and not stop and len(deadlines) < MAX_CONCURRENT_POLLS
-        leaves_at = max(due[0][0], held_until) if may_leave else math.inf
-        try:
-            if now >= tick_at:
-                tick_at = now + TICK_SECONDS
-                for late, deadline in deadlines.items():
-                    if now >= min(deadline, grace_ends):
-                        events.put((late, ApiError(UNCERTAIN, "no whole answer in time")))
-                        threading.Thread(target=work, daemon=True).start()  # the old one is stuck
-                show_waiting(list(itertools.chain(*batches)), attempt, started, trouble)
-            if leaves_at <= now and events.empty():
-                _, order, attempt = heapq.heappop(due)
-                if call is submit:  # what can't be recorded is not sent
-                    save(results, [replace(record, state=SUBMITTING) for record in batches[order]])
-                deadlines[call, order, attempt] = now + 2 * REQUEST_TIMEOUT_SECONDS
-                jobs.put(((call, order, attempt), batches[order]))
-                continue
-            ticket, outcome = events.get(timeout=max(0, min(leaves_at, tick_at) - now))
-            now = time.monotonic()
-            if isinstance(outcome, KeyboardInterrupt):
-                stop, grace_ends = outcome, now + GRACE_SECONDS
-            if ticket not in deadlines:  # it was Ctrl-C, or given up before
-                continue
-            del deadlines[ticket]
-            _, order, attempt = ticket
-            trouble = ""
-            if isinstance(outcome, ApiError):
-                trouble = str(outcome)
-                held_until = max(held_until, now + outcome.retry_after_seconds)
-                if outcome.ending == LOCKED_OUT:
-                    stop = stop or outcome
-            delay_seconds = settle(batches[order], attempt, outcome)
-            if delay_seconds is not None:
-                heapq.heappush(due, (now + delay_seconds, order, attempt + 1))
-        except queue.Empty:
-            pass
-        except OSError as error:
-            stop = stop or error
-    return stop
-
-
-def submit_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
-    """Submit every batch, and record what came of it; return what ended that early, if anything."""
-
-    def settle(batch: Batch, attempt: int, outcome: str | ApiError) -> float | None:
-        delay_seconds = None
-        if isinstance(outcome, ApiError):
-            state = UNKNOWN if outcome.ending == UNCERTAIN else FAILED
-            if outcome.ending == UNAVAILABLE and attempt < MAX_SUBMIT_ATTEMPTS:
-                state, delay_seconds = NOT_SENT, 2 ** (attempt - 1) * random.uniform(0.5, 1)
-            changes: Json = {"state": state, "error": str(outcome)}
-        else:
-            changes = {"state": QUEUED, "error": None, POLLED_ID: outcome}
-        for record in batch:
-            vars(record).update(changes)
-        try:
-            save(results, batch)
-        finally:  # an id that can't be recorded is shown at least
-            if delay_seconds is None:
-                show_submission(batch)
-        return delay_seconds
-
-    stop = carry_out(batches, submit, settle, results)
-    records = itertools.chain(*batches)
-    try:
-        save(results, [record for record in records if outcome_of(record) == NOT_SENT])
-    except OSError as error:
-        stop = stop or error
-    return stop
-
-
-def poll_all(batches: list[Batch], results: io.FileIO) -> BaseException | None:
-    """Poll every batch until it is final, and record that; return what ended it early."""
-    done = itertools.count(1)
-
-    def settle(batch: Batch, attempt: int, outcome: Json | ApiError) -> float | None:
-        if isinstance(outcome, ApiError):
-            batch[0].error = str(outcome)
-        else:
-            apply(batch[0], outcome)
-        if is_pending(batch[0]):
-            return POLL_INTERVAL_SECONDS if attempt < MAX_POLL_ATTEMPTS else None
-        save(results, batch)
-        show_finished(batch[0], next(done), len(batches))
-        return None
-
-    return carry_out(batches, poll, settle, results)
-
-
-# --- The script ---
+# --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-polling"
+EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
+0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
+GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
+file_lock = threading.Lock()
+
+
+def append_rows(path: Path, records: Records) -> None:
+    """Append a row for each record, in one write; raise OSError if it does not take them all."""
+    rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
+    with file_lock, path.open("ab", buffering=0) as file:
+        written = file.write(rows)
+        if written < len(rows):  # the next row must not be glued to half a row
+            file.truncate(file.seek(0, os.SEEK_END) - written)
+            raise OSError(f"no room left for {path}")
+
+
+def read_results(path: Path) -> tuple[Records, list[bytes]]:
+    """Return the last record of each request in a results file, and the lines that are no rows."""
+    records: dict[str | None, Record] = {}
+    others = []
+    for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
+        try:
+            record = Record(**json.loads(line))
+            if asdict(record) != json.loads(line):
+                raise ValueError("a row of the other script")
+            records[record.custom_id or record.generation_id] = record
+        except (ValueError, TypeError, RecursionError):
+            others.append(line)
+    return list(records.values()), others
+
+
+def new_run() -> tuple[Records, Path]:
+    """Return the records of a new run, and its results file, which has a row for each of them."""
+    questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
+    digits = max(3, len(str(NUM_REQUESTS)))
+    records = [Record(f"req-{n:0{digits}}", question) for n, question in enumerate(questions, 1)]
+    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
+    path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_rows(path, records)
+    return records, path
+
+
+def earlier_run(name: str) -> tuple[Records, Path]:
+    """Return the records of a results file, and it: by default the newest with a pending one."""
+    newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
+    for path in [Path(name)] if name else newest_first:
+        records, damaged = read_results(path)
+        if any(name or record.outcome == PENDING for record in records):
+            break
+    else:
+        raise ValueError(f"{name} has no row of this script" if name else "nothing is pending")
+    last_line = path.read_bytes().rpartition(b"\n")[2]
+    with path.open("ab") as file:
+        if last_line in damaged:  # a kill tore it
+            file.truncate(file.tell() - len(last_line))
+            damaged.remove(last_line)
+        elif last_line:  # an editor took its line break
+            file.write(b"\n")
+    if damaged:
+        print(f"{path}: {len(damaged)} lines cannot be read, and are ignored", file=sys.stderr)
+    return records, path
 
 
 def check_configuration() -> None:
-    """Raise ValueError for a constant or an environment variable that makes no sense."""
-    whole = ("NUM_REQUESTS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS")
-    for name in (*whole, "POLL_INTERVAL_SECONDS", "REQUEST_TIMEOUT_SECONDS"):
-        value = globals()[name]
-        kind, wanted = (int, "a whole number") if name in whole else ((int, float), "a number")
-        if not isinstance(value, kind) or value is True or not 0 < value <= 1_000_000:
-            raise ValueError(f"{name} must be {wanted}, above 0 and to 1,000,000, not {value!r}")
-    is_list = isinstance(SAMPLE_QUESTIONS, list) and SAMPLE_QUESTIONS != []
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in SAMPLE_QUESTIONS):
-        wanted = "a list of one question or more, none of it blank"
-        raise ValueError(f"SAMPLE_QUESTIONS must be {wanted}")
+    """Raise ValueError for a mistake that would lead to a hang, a traceback or a loss."""
     api_key()
     base_url()
+    counts = (NUM_REQUESTS, MAX_POLL_ATTEMPTS, MAX_CONCURRENT_POLLS)
+    for number in (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS):
+        if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
+            names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
+            raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
+    questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
+    if not questions or not all(isinstance(each, str) and each.strip() for each in questions):
+        raise ValueError("SAMPLE_QUESTIONS must be a list of questions, none of them blank")
+    request = json.loads(json.dumps(build_request("any", questions[0])))
+    if dig(request, str, "metadata", "custom_id") != "any":
+        raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
 
 
-def new_run() -> tuple[list[Record], io.FileIO]:
-    """Return the records of a new run, and its results file."""
-    records = []
-    for number in range(NUM_REQUESTS):
-        custom_id = f"req-{number + 1:03}"
-        question = SAMPLE_QUESTIONS[number % len(SAMPLE_QUESTIONS)]
-        json.dumps(build_request(custom_id, question))  # fails here, before any other is paid for
-        records.append(Record(custom_id, question))
-    folder = Path(RESULTS_DIR)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{RESULTS_PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.jsonl"
-    return records, io.FileIO(path, "xb")
+def run(records: Records, unsent: Records, path: Path, resume: str) -> int:
+    """Submit what is unsent, poll what is pending, show all that, and return the exit code."""
+    say(f"""\
+{RULE}
+ INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE
+{RULE}
 
-
-def earlier_run(name: str) -> tuple[list[Record], io.FileIO]:
-    """Return what the results file name holds, or else the newest with something unfinished."""
-    newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
-    for path in [Path(name)] if name else newest_first:
-        try:
-            records, torn_at = read_results(path)
-        except (OSError, ValueError):
-            if name:
-                raise
-            continue
-        if name or any(map(is_pending, records)):
-            results = io.FileIO(path, "ab")
-            if torn_at:  # and only then: another run may be at work on the file
-                results.truncate(torn_at)
-            return records, results
-    raise ValueError(f"--resume finds nothing unfinished in {RESULTS_DIR}")
-
-
-def main() -> int:
-    """Run the script, and return its exit code."""
-    signal.signal(signal.SIGINT, interrupt)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None where it is closed
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        codecs.register_error("plain", show_plainly)
-        sys.stdout.reconfigure(errors="plain")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    resume_help = "poll what FILE, or else the newest results file, has unfinished"
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
-    resume = parser.parse_args().resume
-    try:
-        check_configuration()
-        records, results = new_run() if resume is None else earlier_run(resume)
-    except (OSError, ValueError, TypeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-
-    started = time.monotonic()
-    name = str(results.name)
-    batches = [[record] for record in records]
-    show_banner("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
-    say(f"""
   Configuration:
-    • {f"Requests to submit: {len(records)}" if resume is None else f"Resuming: {name}"}
+    • {f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"}
     • Model: {MODEL_ID}
     • Poll interval: {POLL_INTERVAL_SECONDS}s
     • Concurrent polls: {MAX_CONCURRENT_POLLS}""")
-    for _ in range(min(MAX_CONCURRENT_POLLS, len(batches))):
-        threading.Thread(target=work, daemon=True).start()
-    stop = None
-    if resume is None:
-        show_section(f"Submitting {len(records)} Requests")
-        stop = submit_all(batches, results)
-    accepted = sum(map(is_pending, records))
-    unfinished = [batch for batch in batches if any(map(is_pending, batch))]
-    if unfinished and not isinstance(stop, (KeyboardInterrupt, OSError)):
-        show_section("Polling for Results")
-        stop = poll_all(unfinished, results) or stop
-    stopped = fit(f"Stopped: {stop}", 1000).rstrip() if stop else ""
-    if stop:
-        say(f"\n  ✗ {stopped}")
-
-    say("")
-    show_banner("ASYNC GENERATION SUMMARY")
-    finished = accepted - sum(map(is_pending, records))
+    pool, save = ThreadPoolExecutor(MAX_CONCURRENT_POLLS), partial(append_rows, path)
+    started, finished, exit_code = time.monotonic(), 0, 0
+    try:
+        if unsent:
+            show_section(f"Submitting {len(unsent)} Requests")
+            with suppress(ApiError):  # it is the error of the requests that were not sent
+                for record in submit_all(
+                    pool, unsent, save, partial(show_waiting, unsent, started)
+                ):
+                    if record.error or record.outcome != NOT_SENT:
+                        show_submission(record)
+        pending = [record for record in records if record.outcome == PENDING]
+        if pending:
+            show_section("Polling for Results")
+            for record in poll_all(pool, pending, save, partial(show_waiting, pending, started)):
+                finished += 1
+                show_final(record, finished, len(pending))
+    except (ApiError, OSError, KeyboardInterrupt) as error:
+        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        hint = f"up to {GRACE_SECONDS} s for ids on their way; Ctrl-C again ends now"
+        say(f"\n  Stopping: {fit(str(error) or hint, 300).rstrip()}")
+    finally:
+        end_workers(pool)
     show_figures(records, time.monotonic() - started, finished)
-    show_table(records, name)
-    resume_command = shlex.join(["uv", "run", sys.argv[0], "--resume", name])
-    if isinstance(stop, OSError):
-        resume_command = f"keep the ids above, as not all of them could be recorded in {name}"
-    show_ending(records, name, resume_command, stopped)
-    if isinstance(stop, KeyboardInterrupt):
-        return 130
-    has_all = all(outcome_of(record) == SUCCESS for record in records)
-    return 0 if has_all and not stop else 1
+    left = show_answers(records, path, resume)
+    exit_code = exit_code or bool(left)
+    show_unrecorded(records, path)
+    ending = f"Not complete: {left or 'stopped'}" if exit_code else "Generation complete!"
+    say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
+    return exit_code
+
+
+def end_workers(pool: ThreadPoolExecutor) -> None:
+    """End the worker threads, but wait only so long for those that are in an exchange."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join(max(0, deadline - time.monotonic()))
+
+
+def show_unrecorded(records: Records, path: Path) -> None:
+    """Print the ids that are not in the results file, as its disk was full."""
+    kept = {record.generation_id for record in read_results(path)[0]}
+    lost = [record.generation_id for record in records if record.generation_id not in kept]
+    say(
+        f"\n  Keep these ids, which could not be recorded: {' '.join(map(str, lost))}"
+        if lost
+        else ""
+    )
+
+
+def main() -> int:
+    """Read the command line, run, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
+    resume_help = "submit nothing; poll what FILE, or else the newest results file, has pending"
+    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
+    submit_help = (
+        "with --resume FILE: also submit what its run, which must have ended, did not send"
+    )
+    parser.add_argument("--submit", action="store_true", help=submit_help)
+    options = parser.parse_args()
+    if options.submit and not options.resume:
+        parser.error("--submit needs --resume FILE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        check_configuration()
+        records, path = new_run() if options.resume is None else earlier_run(options.resume)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    is_submitting = options.resume is None or options.submit
+    unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
+    resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
+    try:
+        return run(records, unsent, path, resume)
+    except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"\n{path}: {error or 'interrupted'}; to go on polling: {resume}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 if __name__ == "__main__":
-    try:
-        exit_code: int | str = main()
-    except OSError as error:  # stdout is closed or full; what could be saved is saved
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        exit_code = 1 if isinstance(error, BrokenPipeError) else f"{sys.argv[0]}: {error}"
-    sys.exit(exit_code)
+    exit_code = main()
+    if exit_code:  # a worker that is stuck must not hold up the exit
+        os._exit(exit_code)
