@@ -104,15 +104,11 @@ def submit_group(session: Session, requests: list[Json], timeout_seconds: float)
 
 
 def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Any]:
-    """Return a group's generations as they are now, in any order; raise ApiError.
-
-    Just after the submission 404 is normal, and a generation may be missing until it is done.
-    """
+    """Return a group's generations as they are now, in any order; raise ApiError (first, 404)."""
     answer = exchange(session, "GET", f"/async/group/{group_id}/generations", timeout_seconds)
-    generations = answer.get("generations")
-    if not isinstance(generations, list):
+    if not isinstance(answer.get("generations"), list):
         raise Uncertain("the answer has no list of generations")
-    return generations
+    return list(answer["generations"])
 
 
 def exchange(
@@ -139,10 +135,14 @@ def exchange(
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
         )
+        deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
         with response:
-            if response.status_code < 200:  # the real answer is still to come on this connection
-                session.close()
-            content = read_body(response, 2 * timeout_seconds)
+            for chunk in response.iter_content(64):  # a chunk is waited for until it is full
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the answer comes too slowly")
+        if response.status_code < 200:  # the real answer is still to come on this connection
+            session.close()
     except Exception as error:  # not only those of requests: urllib3's come through it too
         cause: BaseException = error
         while cause.__context__:
@@ -178,7 +178,7 @@ def base_url() -> str:
     return url
 
 
-def status_error(response: Response, content: bytes, method: str) -> ApiError:
+def status_error(response: Response, content: bytearray, method: str) -> ApiError:
     """Return the ApiError for an HTTP status that is not 2xx."""
     status, text, retry_after_seconds = response.status_code, content.decode(errors="replace"), 0.0
     with suppress(ValueError, TypeError, LookupError, RecursionError):  # HTML, from a proxy
@@ -196,17 +196,6 @@ def status_error(response: Response, content: bytes, method: str) -> ApiError:
     if status == 429:
         return NotAccepted(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
-
-
-def read_body(response: Response, limit_seconds: float) -> bytes:
-    """Return the body of an answer; TimeoutError if it drips for longer than limit_seconds."""
-    deadline = time.monotonic() + limit_seconds
-    body = bytearray()
-    for chunk in response.iter_content(64):  # each is waited for until it is full, so: small
-        body += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the answer took more than {limit_seconds} s")
-    return bytes(body)
 
 
 # --- The record: a request and what has become of it
@@ -289,10 +278,10 @@ def submit_all(
 ) -> Iterator[Records]:
     """Submit the requests as one group; yield the records once it is known what came of it.
 
-    Nothing is sent until one iterates; leaving the loop stops what has not begun. save gets the
-    records before and after the submission; tick is called a few times a second while it waits.
-    Raises LockedOut, NotAccepted (the API is down, or has no room) or an error of save, after the
-    records have been yielded, and TimeoutError if the worker is stuck.
+    Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
+    the records before and after the submission; tick is called a few times a second meanwhile.
+    Raises LockedOut, NotAccepted (the API is down, or has no room) or an error of save after that,
+    and TimeoutError if the worker is stuck.
     """
     stop = threading.Event()
     try:
@@ -311,22 +300,21 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
         backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
         if not wait_to_send(backoff_seconds, stop):
             return
-        save([replace(record, state=SUBMITTING) for record in records])  # else it is not sent
+        save([replace(record, state=SUBMITTING) for record in records])  # or it is not sent
         mark(records, SUBMITTING)
         try:
-            group_id = submit_group(session, requests, REQUEST_TIMEOUT_SECONDS)
-            mark(records, QUEUED, group_id=group_id)
+            mark(records, QUEUED, submit_group(session, requests, REQUEST_TIMEOUT_SECONDS))
         except Refused as error:
-            mark(records, FAILED, error)
+            mark(records, FAILED, error=error)
         except Uncertain as error:
-            mark(records, UNKNOWN, error)
+            mark(records, UNKNOWN, error=error)
             hold_back(error.retry_after_seconds)
         except NotAccepted as error:
-            mark(records, NOT_SENT, error)
+            mark(records, NOT_SENT, error=error)
             hold_back(error.retry_after_seconds)
             failure = error
         except LockedOut as error:
-            mark(records, NOT_SENT, error)
+            mark(records, NOT_SENT, error=error)
             raise
         finally:
             save(records)
@@ -335,13 +323,10 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
     raise failure
 
 
-def mark(
-    records: Records, state: str, error: ApiError | None = None, group_id: str | None = None
-) -> None:
-    """Note in each record what has come of their common submission."""
+def mark(records: Records, state: str, group_id: str | None = None, error: object = "") -> None:
+    """Note in each record what has come of the submission of the group."""
     for record in records:
-        record.state, record.error = state, str(error) if error else None
-        record.group_id = group_id
+        record.state, record.group_id, record.error = state, group_id, str(error) or None
 
 
 def poll_all(
@@ -349,17 +334,17 @@ def poll_all(
 ) -> Iterator[Records]:
     """Poll the group every POLL_INTERVAL_SECONDS; yield, after each poll, what has become final.
 
-    Iterating, save and tick are as in submit_all. After MAX_POLL_ATTEMPTS polls a record stays
-    pending. A generation that answers none of the records is appended to them, as one whose
-    custom_id is None. Raises LockedOut, an error of save, or TimeoutError if the worker is stuck.
+    Iterating, save and tick are as in submit_all. What answers none of the records is appended to
+    them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays pending. Raises
+    LockedOut, an error of save, or TimeoutError if the worker is stuck.
     """
     stop = threading.Event()
     try:
-        for _ in range(MAX_POLL_ATTEMPTS):
+        for attempt in range(1, MAX_POLL_ATTEMPTS + 1):
             future = pool.submit(poll, records, save, stop)
             wait_for(future, tick)
             yield future.result()
-            if all(record.outcome != PENDING for record in records):
+            if attempt == MAX_POLL_ATTEMPTS or all(each.outcome != PENDING for each in records):
                 return
             due = time.monotonic() + POLL_INTERVAL_SECONDS
             while (left := due - time.monotonic()) > 0:
@@ -370,29 +355,30 @@ def poll_all(
 
 
 def poll(records: Records, save: Save, stop: threading.Event) -> Records:
-    """Poll the group once, in a worker, and return what has become final; trouble ends nothing."""
+    """Poll the group once, in a worker, and return what has become final."""
     if not wait_to_send(0, stop):
         return []
     pending = [record for record in records if record.outcome == PENDING]
     try:
         generations = fetch_group(session, str(pending[0].group_id), REQUEST_TIMEOUT_SECONDS)
     except ApiError as error:
-        mark(pending, QUEUED, error, pending[0].group_id)
+        for record in pending:
+            record.error = str(error)
         hold_back(error.retry_after_seconds)
         if isinstance(error, LockedOut):
             raise
         return []
-    final = [record for each in generations if (record := match(each, records))]
     for record in pending:
-        record.error = record.error if record.outcome == FAILED else None
+        record.error = None
+    final = [found for each in generations if (found := match(each, records))]
     save(final)
     return final
 
 
 def match(generation: Any, records: Records) -> Record | None:
-    """Copy a generation into the record with its custom_id; return that if it becomes final.
+    """Copy a generation into the record with its custom_id; return that if it is final now.
 
-    If no record with this custom_id is pending, a final generation gets a record of its own.
+    A final generation that no record is pending for becomes a record without a custom_id.
     """
     if dig(generation, str, "state") is None:
         return None
@@ -404,10 +390,8 @@ def match(generation: Any, records: Records) -> Record | None:
             record.generation_id = found.generation_id
             copy_generation(generation, record)
             return record if record.outcome != PENDING else None
-        is_same = record.generation_id == found.generation_id and record.outcome != PENDING
-        if is_same and (record.generation_id or record.response == found.response):
-            return None  # it was found in an earlier poll
-    if found.outcome == PENDING:
+    known = [(record.generation_id, record.response) for record in records]
+    if found.outcome == PENDING or (found.generation_id, found.response) in known:
         return None
     records.append(found)
     return found
@@ -504,21 +488,19 @@ def show_waiting(records: Records, since: float) -> None:
 def show_submission(records: Records) -> None:
     """Print what came of the submission."""
     first = records[0]
-    if first.group_id:
-        say(f"  ✓ Group created: {first.group_id}\n  ✓ Group size: {len(records)}")
-    else:
-        say(f"  {MARKS[first.outcome]} {fit(answer_of(first), 300).rstrip()}")
+    fate = f"{MARKS[first.outcome]} {fit(answer_of(first), 300).rstrip()}"
+    created = f"✓ Group created: {first.group_id}\n  ✓ Group size: {len(records)}"
+    say(f"  {created if first.group_id else fate}")
 
 
 def show_poll(attempt: int, records: Records, before: str) -> str:
     """Print how many generations are final, on a terminal only if that is not as before."""
     total, pending = len(records), [each for each in records if each.outcome == PENDING]
     done, running = total - len(pending), sum(each.state == IN_PROGRESS for each in pending)
-    rest = f" (⏳ {running} running, {len(pending) - running} queued)" if pending else ""
-    trouble = fit(pending[0].error or "", 200).rstrip() if pending else ""
-    text = (
-        f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%){rest} {trouble}".rstrip()
-    )
+    text = f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%)"
+    if pending:
+        text += f" (⏳ {running} running, {len(pending) - running} queued)"
+        text += f" {fit(pending[0].error or '', 200)}".rstrip()
     if text != before or not (sys.stdout and sys.stdout.isatty()):
         say(f"  [{attempt:>3}] {text}")
     return text
@@ -526,50 +508,37 @@ def show_poll(attempt: int, records: Records, before: str) -> str:
 
 def answer_of(record: Record) -> str:
     """Return the answer to a request, or why there is none."""
-    if record.outcome == SUCCESS:
-        return record.response or "(no text)"
-    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
+    answer = record.response if record.outcome == SUCCESS else record.error
+    return answer or {SUCCESS: "(no text)", SUBMITTING: "interrupted"}.get(
+        record.state, record.state
+    )
 
 
-def show_rows(records: Records, row: Callable[[Record], str], path: Path) -> None:
-    """Print a row for each record, but at most MAX_ROWS."""
+def show_list(title: str, records: Records, path: Path) -> None:
+    """Print up to MAX_ROWS requests, each with why it has no answer."""
+    show_section(title)
     for record in records[:MAX_ROWS]:
-        say(row(record))
+        name = record.custom_id or record.generation_id
+        say(f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}")
     if len(records) > MAX_ROWS:
         say(f"    ... and {len(records) - MAX_ROWS} more in {path}")
 
 
-def table_row(record: Record) -> str:
-    """Return a request and its answer, or why there is none, side by side."""
-    answer = fit(answer_of(record), 25, at_word=True).rstrip()
-    if record.finish_reason == "length":
-        answer = fit(answer, 12) + " [max_tokens]"
-    name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
-    return f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}"
+def show_summary(records: Records, seconds: float, answered: int, path: Path, resume: str) -> str:
+    """Print all figures and answers, and what to do about requests without one; count these.
 
-
-def list_row(record: Record) -> str:
-    """Return what identifies a request, and why it has no answer, in full."""
-    name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
-    return f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}"
-
-
-def show_figures(records: Records, seconds: float, finished: int) -> None:
-    """Print success rate, times and tokens; finished: how many became final in these seconds."""
-    counts = Counter(record.outcome for record in records)
-    done, total = counts[SUCCESS], len(records)
-    others = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if counts[each])]
-    rows = "".join(f"\n      {f'{each}:':<13}{counts[each]:>4}" for each in others)
+    answered: how many were answered in these seconds; resume: the command that polls again.
+    """
+    listed = {outcome: [each for each in records if each.outcome == outcome] for outcome in MARKS}
+    done, total = len(listed[SUCCESS]), len(records)
+    shown = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if listed[each])]
+    rows = "".join(f"\n      {f'{each}:':<13}{len(listed[each]):>4}" for each in shown)
     times = [record.duration_ms for record in records if record.duration_ms is not None]
     extremes = (sum(times) / len(times), min(times), max(times)) if times else ()
     average, least, most = [f"{ms:.1f}ms" for ms in extremes] or ["-", "-", "-"]
     completions = [record.completion_tokens for record in records if record.completion_tokens]
     mean = f"{sum(completions) / len(completions):,.1f}" if completions else "-"
     say(f"""
-{RULE}
- GROUP GENERATION SUMMARY
-{RULE}
-
   Success Rate
   ----------------
   {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
@@ -583,36 +552,38 @@ def show_figures(records: Records, seconds: float, finished: int) -> None:
       Avg generation time:   {average:>12}
       Min generation time:   {least:>12}
       Max generation time:   {most:>12}
-      Throughput:            {finished / max(seconds, 0.01):>10.2f} req/s
+      Throughput:            {answered / max(seconds, 0.01):>10.2f} req/s
 
   Token Usage
   ---------------
       Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
       Completion tokens: {sum(completions):>10,}
       Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
-      Avg completion/req:{mean:>10}""")
+      Avg completion/req:{mean:>10}
 
+  Request-Response Correlation
+  --------------------------------
 
-def show_answers(records: Records, path: Path, resume: str) -> str:
-    """Print what was answered, what was not and what to do; return what was not, counted."""
-    show_section("Request-Response Correlation")
-    say("  ID         Status     Question                       Response")
-    say("  ---------- ---------- ------------------------------ -------------------------")
-    show_rows(records, table_row, path)
-    counts = []
+  ID         Status     Question                       Response
+  ---------- ---------- ------------------------------ -------------------------""")
+    for record in records[:MAX_ROWS]:
+        answer = fit(answer_of(record), 25, at_word=True).rstrip()
+        if record.finish_reason == "length":
+            answer = fit(answer, 12) + " [max_tokens]"
+        name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
+        say(f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}")
+    if total > MAX_ROWS:
+        say(f"  ... and {total - MAX_ROWS} more in {path}")
     for outcome, advice in (
         (FAILED, ""),
         (UNKNOWN, "Perhaps accepted, and paid for: see the dashboard before you send them again."),
         (PENDING, f"Accepted, and paid for. To go on polling:\n      {resume}"),
         (NOT_SENT, f"To submit them, and poll what is pending:\n      {resume} --submit"),
     ):
-        listed = [record for record in records if record.outcome == outcome]
-        if listed:
-            counts.append(f"{len(listed)} {outcome.lower()}")
-            show_section(f"{outcome} Requests")
-            show_rows(listed, list_row, path)
+        if listed[outcome]:
+            show_list(f"{outcome} Requests", listed[outcome], path)
             say(f"\n    {advice}".rstrip())
-    return ", ".join(counts)
+    return ", ".join(f"{len(listed[each])} {each.lower()}" for each in shown if listed[each])
 
 
 # --- The script: the results file, the configuration check, main
@@ -622,16 +593,15 @@ MAX_GROUP_SIZE = 50
 EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
 0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
 GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
-file_lock = threading.Lock()
 
 
 def append_rows(path: Path, records: Records) -> None:
     """Append a row for each record, in one write; raise OSError if it does not take them all."""
     rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
-    with file_lock, path.open("ab", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         written = file.write(rows)
         if written < len(rows):  # the next row must not be glued to half a row
-            file.truncate(file.seek(0, os.SEEK_END) - written)
+            file.truncate(file.tell() - written)
             raise OSError(f"no room left for {path}")
 
 
@@ -640,13 +610,12 @@ def read_results(path: Path) -> tuple[Records, list[bytes]]:
     records: dict[str | None, Record] = {}
     others = []
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
-        try:
+        with suppress(ValueError, TypeError, RecursionError):
             record = Record(**json.loads(line))
-            if asdict(record) != json.loads(line):
-                raise ValueError("a row of the other script")
-            records[record.custom_id or record.generation_id] = record
-        except (ValueError, TypeError, RecursionError):
-            others.append(line)
+            if asdict(record) == json.loads(line):  # else it may be the other script's
+                records[record.custom_id or record.generation_id] = record
+                continue
+        others.append(line)
     return list(records.values()), others
 
 
@@ -703,21 +672,15 @@ def check_configuration() -> None:
         raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
 
 
-def run(records: Records, unsent: Records, path: Path, resume: str) -> int:
-    """Submit what is unsent, poll what is pending, show all that, and return the exit code."""
-    asked = [record for record in records if record.custom_id is not None]
-    say(f"""\
-{RULE}
- INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE
-{RULE}
-
-  Configuration:
-    • {f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"}
-    • Model: {MODEL_ID}
-    • Poll interval: {POLL_INTERVAL_SECONDS}s""")
+def run(records: Records, unsent: Records, path: Path) -> None:
+    """Submit what is unsent, poll what is pending, and show both."""
+    say(f"{RULE}\n INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE\n{RULE}\n")
+    job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
+    say(f"  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
+    say(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
     pool, save = ThreadPoolExecutor(1), partial(append_rows, path)
-    started, finished, exit_code, shown = time.monotonic(), 0, 0, ""
-    tick = partial(show_waiting, asked, started)
+    asked = [record for record in records if record.custom_id is not None]
+    tick = partial(show_waiting, asked, time.monotonic())
     try:
         if unsent:
             show_section(f"Submitting {len(unsent)} Requests")
@@ -726,56 +689,57 @@ def run(records: Records, unsent: Records, path: Path, resume: str) -> int:
             if len(unsent) > 5:
                 say(f"    ... and {len(unsent) - 5} more")
             say("\n  Submitting to Group API...")
-            for submitted in submit_all(pool, unsent, save, tick):
-                show_submission(submitted)
+            with suppress(ApiError):  # it is the error of the requests that were not sent
+                for submitted in submit_all(pool, unsent, save, tick):
+                    show_submission(submitted)
         if any(record.outcome == PENDING for record in asked):
             show_section("Polling for Results")
-            for attempt, final in enumerate(poll_all(pool, records, save, tick), start=1):
-                finished += len(final)
+            shown = ""
+            for attempt, _ in enumerate(poll_all(pool, records, save, tick), start=1):
                 shown = show_poll(attempt, asked, shown)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str) -> int:
+    """Run, show a summary, even if the run has ended early, and return the exit code."""
+    asked = [record for record in records if record.custom_id is not None]
+    started, answered = time.monotonic(), sum(each.outcome == SUCCESS for each in asked)
+    exit_code = 0
+    try:
+        run(records, unsent, path)
     except (ApiError, OSError, KeyboardInterrupt) as error:
         exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
         hint = f"up to {GRACE_SECONDS} s for ids on their way; Ctrl-C again ends now"
         say(f"\n  Stopping: {fit(str(error) or hint, 300).rstrip()}")
     finally:
-        end_workers(pool)
-    show_figures(asked, time.monotonic() - started, finished)
-    left = show_answers(asked, path, resume)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for thread in set(threading.enumerate()) - {threading.main_thread()}:
+            thread.join(max(0, deadline - time.monotonic()))
+    seconds = time.monotonic() - started
+    answered = sum(each.outcome == SUCCESS for each in asked) - answered
+    say(f"\n{RULE}\n GROUP GENERATION SUMMARY\n{RULE}")
+    left = show_summary(asked, seconds, answered, path, resume)
     strays = [record for record in records if record.custom_id is None]
     if strays:
+        show_list("Unmatched Generations", strays, path)
         left = ", ".join(filter(None, [left, f"{len(strays)} unmatched"]))
-        show_section("Unmatched Generations")
-        show_rows(strays, list_row, path)
-    exit_code = exit_code or bool(left)
-    show_unrecorded(asked, path)
-    ending = f"Not complete: {left or 'stopped'}" if exit_code else "Generation complete!"
+    group_id = asked[0].group_id
+    if any(record.outcome == PENDING for record in asked):
+        say(f"\n  Group: {group_id}")
+    if group_id not in {record.group_id for record in read_results(path)[0]}:
+        say("  Keep this id, which the results file does not have")
+    ending = f"Not complete: {left or 'stopped'}" if left or exit_code else "Generation complete!"
     say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
-    return exit_code
-
-
-def end_workers(pool: ThreadPoolExecutor) -> None:
-    """End the worker threads, but wait only so long for those that are in an exchange."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        thread.join(max(0, deadline - time.monotonic()))
-
-
-def show_unrecorded(records: Records, path: Path) -> None:
-    """Print the group's id, if it is not in the results file, as its disk was full."""
-    kept = {record.group_id for record in read_results(path)[0]}
-    lost = {record.group_id for record in records} - kept
-    say(f"\n  Keep this id, which could not be recorded: {lost.pop()}" if lost else "")
+    return exit_code or (1 if left else 0)
 
 
 def main() -> int:
     """Read the command line, run, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    resume_help = "submit nothing; poll what FILE, or else the newest results file, has pending"
+    resume_help = "submit nothing; poll what FILE, or the newest results file, has pending"
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
-    submit_help = (
-        "with --resume FILE: also submit what its run, which must have ended, did not send"
-    )
+    submit_help = "with --resume FILE, whose run must have ended: submit what was not sent"
     parser.add_argument("--submit", action="store_true", help=submit_help)
     options = parser.parse_args()
     if options.submit and not options.resume:
@@ -792,10 +756,13 @@ def main() -> int:
     unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
     resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
     try:
-        return run(records, unsent, path, resume)
+        return run_and_summarize(records, unsent, path, resume)
     except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"\n{path}: {error or 'interrupted'}; to go on polling: {resume}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):
+            print(f"\n{path}: {str(error) or 'interrupted'}", file=sys.stderr)
+        if any(record.outcome == PENDING for record in records):
+            print(f"To go on polling: {resume}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

@@ -138,10 +138,14 @@ def exchange(
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
         )
+        deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
         with response:
-            if response.status_code < 200:  # the real answer is still to come on this connection
-                session.close()
-            content = read_body(response, 2 * timeout_seconds)
+            for chunk in response.iter_content(64):  # a chunk is waited for until it is full
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the answer comes too slowly")
+        if response.status_code < 200:  # the real answer is still to come on this connection
+            session.close()
     except Exception as error:  # not only those of requests: urllib3's come through it too
         cause: BaseException = error
         while cause.__context__:
@@ -177,7 +181,7 @@ def base_url() -> str:
     return url
 
 
-def status_error(response: Response, content: bytes, method: str) -> ApiError:
+def status_error(response: Response, content: bytearray, method: str) -> ApiError:
     """Return the ApiError for an HTTP status that is not 2xx."""
     status, text, retry_after_seconds = response.status_code, content.decode(errors="replace"), 0.0
     with suppress(ValueError, TypeError, LookupError, RecursionError):  # HTML, from a proxy
@@ -195,17 +199,6 @@ def status_error(response: Response, content: bytes, method: str) -> ApiError:
     if status == 429:
         return NotAccepted(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
-
-
-def read_body(response: Response, limit_seconds: float) -> bytes:
-    """Return the body of an answer; TimeoutError if it drips for longer than limit_seconds."""
-    deadline = time.monotonic() + limit_seconds
-    body = bytearray()
-    for chunk in response.iter_content(64):  # each is waited for until it is full, so: small
-        body += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the answer took more than {limit_seconds} s")
-    return bytes(body)
 
 
 # --- The record: a request and what has become of it
@@ -494,58 +487,39 @@ def show_submission(record: Record) -> None:
     say(f"    {fit(text, 76).rstrip()}")
 
 
-def show_final(record: Record, done: int, total: int) -> None:
-    """Print that a generation has become final, and how many have."""
-    gauge = f"[{done:>3}/{total}] {bar(done, total, 30)} {done * 100 // total}%"
-    say(f"  {gauge} {MARKS[record.outcome]} {record.custom_id}")
-
-
 def answer_of(record: Record) -> str:
     """Return the answer to a request, or why there is none."""
-    if record.outcome == SUCCESS:
-        return record.response or "(no text)"
-    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
+    answer = record.response if record.outcome == SUCCESS else record.error
+    return answer or {SUCCESS: "(no text)", SUBMITTING: "interrupted"}.get(
+        record.state, record.state
+    )
 
 
-def show_rows(records: Records, row: Callable[[Record], str], path: Path) -> None:
-    """Print a row for each record, but at most MAX_ROWS."""
+def show_list(title: str, records: Records, path: Path) -> None:
+    """Print up to MAX_ROWS requests, each with why it has no answer."""
+    show_section(title)
     for record in records[:MAX_ROWS]:
-        say(row(record))
+        name = f"{record.custom_id or ''} {record.generation_id or ''}".strip()
+        say(f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}")
     if len(records) > MAX_ROWS:
         say(f"    ... and {len(records) - MAX_ROWS} more in {path}")
 
 
-def table_row(record: Record) -> str:
-    """Return a request and its answer, or why there is none, side by side."""
-    answer = fit(answer_of(record), 25, at_word=True).rstrip()
-    if record.finish_reason == "length":
-        answer = fit(answer, 12) + " [max_tokens]"
-    name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
-    return f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}"
+def show_summary(records: Records, seconds: float, answered: int, path: Path, resume: str) -> str:
+    """Print all figures and answers, and what to do about requests without one; count these.
 
-
-def list_row(record: Record) -> str:
-    """Return what identifies a request, and why it has no answer, in full."""
-    name = f"{record.custom_id} {record.generation_id or ''}".rstrip()
-    return f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}"
-
-
-def show_figures(records: Records, seconds: float, finished: int) -> None:
-    """Print success rate, times and tokens; finished: how many became final in these seconds."""
-    counts = Counter(record.outcome for record in records)
-    done, total = counts[SUCCESS], len(records)
-    others = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if counts[each])]
-    rows = "".join(f"\n      {f'{each}:':<13}{counts[each]:>4}" for each in others)
+    answered: how many were answered in these seconds; resume: the command that polls again.
+    """
+    listed = {outcome: [each for each in records if each.outcome == outcome] for outcome in MARKS}
+    done, total = len(listed[SUCCESS]), len(records)
+    shown = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if listed[each])]
+    rows = "".join(f"\n      {f'{each}:':<13}{len(listed[each]):>4}" for each in shown)
     times = [record.duration_ms for record in records if record.duration_ms is not None]
     extremes = (sum(times) / len(times), min(times), max(times)) if times else ()
     average, least, most = [f"{ms:.1f}ms" for ms in extremes] or ["-", "-", "-"]
     completions = [record.completion_tokens for record in records if record.completion_tokens]
     mean = f"{sum(completions) / len(completions):,.1f}" if completions else "-"
     say(f"""
-{RULE}
- ASYNC GENERATION SUMMARY
-{RULE}
-
   Success Rate
   ----------------
   {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
@@ -559,36 +533,38 @@ def show_figures(records: Records, seconds: float, finished: int) -> None:
       Avg generation time:   {average:>12}
       Min generation time:   {least:>12}
       Max generation time:   {most:>12}
-      Throughput:            {finished / max(seconds, 0.01):>10.2f} req/s
+      Throughput:            {answered / max(seconds, 0.01):>10.2f} req/s
 
   Token Usage
   ---------------
       Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
       Completion tokens: {sum(completions):>10,}
       Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
-      Avg completion/req:{mean:>10}""")
+      Avg completion/req:{mean:>10}
 
+  Request-Response Correlation
+  --------------------------------
 
-def show_answers(records: Records, path: Path, resume: str) -> str:
-    """Print what was answered, what was not and what to do; return what was not, counted."""
-    show_section("Request-Response Correlation")
-    say("  ID         Status     Question                       Response")
-    say("  ---------- ---------- ------------------------------ -------------------------")
-    show_rows(records, table_row, path)
-    counts = []
+  ID         Status     Question                       Response
+  ---------- ---------- ------------------------------ -------------------------""")
+    for record in records[:MAX_ROWS]:
+        answer = fit(answer_of(record), 25, at_word=True).rstrip()
+        if record.finish_reason == "length":
+            answer = fit(answer, 12) + " [max_tokens]"
+        name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
+        say(f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}")
+    if total > MAX_ROWS:
+        say(f"  ... and {total - MAX_ROWS} more in {path}")
     for outcome, advice in (
         (FAILED, ""),
         (UNKNOWN, "Perhaps accepted, and paid for: see the dashboard before you send them again."),
         (PENDING, f"Accepted, and paid for. To go on polling:\n      {resume}"),
         (NOT_SENT, f"To submit them, and poll what is pending:\n      {resume} --submit"),
     ):
-        listed = [record for record in records if record.outcome == outcome]
-        if listed:
-            counts.append(f"{len(listed)} {outcome.lower()}")
-            show_section(f"{outcome} Requests")
-            show_rows(listed, list_row, path)
+        if listed[outcome]:
+            show_list(f"{outcome} Requests", listed[outcome], path)
             say(f"\n    {advice}".rstrip())
-    return ", ".join(counts)
+    return ", ".join(f"{len(listed[each])} {each.lower()}" for each in shown if listed[each])
 
 
 # --- The script: the results file, the configuration check, main
@@ -597,16 +573,15 @@ RESULTS_PREFIX = "async-polling"
 EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
 0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
 GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
-file_lock = threading.Lock()
 
 
 def append_rows(path: Path, records: Records) -> None:
     """Append a row for each record, in one write; raise OSError if it does not take them all."""
     rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
-    with file_lock, path.open("ab", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         written = file.write(rows)
         if written < len(rows):  # the next row must not be glued to half a row
-            file.truncate(file.seek(0, os.SEEK_END) - written)
+            file.truncate(file.tell() - written)
             raise OSError(f"no room left for {path}")
 
 
@@ -615,13 +590,12 @@ def read_results(path: Path) -> tuple[Records, list[bytes]]:
     records: dict[str | None, Record] = {}
     others = []
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
-        try:
+        with suppress(ValueError, TypeError, RecursionError):
             record = Record(**json.loads(line))
-            if asdict(record) != json.loads(line):
-                raise ValueError("a row of the other script")
-            records[record.custom_id or record.generation_id] = record
-        except (ValueError, TypeError, RecursionError):
-            others.append(line)
+            if asdict(record) == json.loads(line):  # else it may be the other script's
+                records[record.custom_id or record.generation_id] = record
+                continue
+        others.append(line)
     return list(records.values()), others
 
 
@@ -675,77 +649,66 @@ def check_configuration() -> None:
         raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
 
 
-def run(records: Records, unsent: Records, path: Path, resume: str) -> int:
-    """Submit what is unsent, poll what is pending, show all that, and return the exit code."""
-    say(f"""\
-{RULE}
- INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE
-{RULE}
-
-  Configuration:
-    • {f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"}
-    • Model: {MODEL_ID}
-    • Poll interval: {POLL_INTERVAL_SECONDS}s
-    • Concurrent polls: {MAX_CONCURRENT_POLLS}""")
+def run(records: Records, unsent: Records, path: Path) -> None:
+    """Submit what is unsent, poll what is pending, and show both."""
+    say(f"{RULE}\n INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE\n{RULE}\n")
+    job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
+    say(f"  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
+    say(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
+    say(f"    • Concurrent polls: {MAX_CONCURRENT_POLLS}")
     pool, save = ThreadPoolExecutor(MAX_CONCURRENT_POLLS), partial(append_rows, path)
-    started, finished, exit_code = time.monotonic(), 0, 0
+    started = time.monotonic()
     try:
         if unsent:
             show_section(f"Submitting {len(unsent)} Requests")
-            with suppress(ApiError):  # it is the error of the requests that were not sent
-                for record in submit_all(
-                    pool, unsent, save, partial(show_waiting, unsent, started)
-                ):
-                    if record.error or record.outcome != NOT_SENT:
-                        show_submission(record)
+        with suppress(ApiError):  # it is the error of the requests that were not sent
+            for record in submit_all(pool, unsent, save, partial(show_waiting, unsent, started)):
+                if record.error or record.outcome != NOT_SENT:
+                    show_submission(record)
         pending = [record for record in records if record.outcome == PENDING]
         if pending:
             show_section("Polling for Results")
-            for record in poll_all(pool, pending, save, partial(show_waiting, pending, started)):
-                finished += 1
-                show_final(record, finished, len(pending))
+        tick = partial(show_waiting, pending, started)
+        for done, record in enumerate(poll_all(pool, pending, save, tick), start=1):
+            gauge = f"{bar(done, len(pending), 30)} {done * 100 // len(pending)}%"
+            say(f"  [{done:>3}/{len(pending)}] {gauge} {MARKS[record.outcome]} {record.custom_id}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str) -> int:
+    """Run, show a summary, even if the run has ended early, and return the exit code."""
+    started, answered = time.monotonic(), sum(each.outcome == SUCCESS for each in records)
+    exit_code = 0
+    try:
+        run(records, unsent, path)
     except (ApiError, OSError, KeyboardInterrupt) as error:
         exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
         hint = f"up to {GRACE_SECONDS} s for ids on their way; Ctrl-C again ends now"
         say(f"\n  Stopping: {fit(str(error) or hint, 300).rstrip()}")
     finally:
-        end_workers(pool)
-    show_figures(records, time.monotonic() - started, finished)
-    left = show_answers(records, path, resume)
-    exit_code = exit_code or bool(left)
-    show_unrecorded(records, path)
-    ending = f"Not complete: {left or 'stopped'}" if exit_code else "Generation complete!"
+        deadline = time.monotonic() + GRACE_SECONDS
+        for thread in set(threading.enumerate()) - {threading.main_thread()}:
+            thread.join(max(0, deadline - time.monotonic()))
+    seconds = time.monotonic() - started
+    answered = sum(each.outcome == SUCCESS for each in records) - answered
+    say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")
+    left = show_summary(records, seconds, answered, path, resume)
+    kept = {record.generation_id for record in (read_results(path)[0] if exit_code else records)}
+    for record in records:
+        if record.generation_id and record.generation_id not in kept:
+            say(f"\n  Keep this id, which the file does not have: {record.generation_id}")
+    ending = f"Not complete: {left or 'stopped'}" if left or exit_code else "Generation complete!"
     say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
-    return exit_code
-
-
-def end_workers(pool: ThreadPoolExecutor) -> None:
-    """End the worker threads, but wait only so long for those that are in an exchange."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        thread.join(max(0, deadline - time.monotonic()))
-
-
-def show_unrecorded(records: Records, path: Path) -> None:
-    """Print the ids that are not in the results file, as its disk was full."""
-    kept = {record.generation_id for record in read_results(path)[0]}
-    lost = [record.generation_id for record in records if record.generation_id not in kept]
-    say(
-        f"\n  Keep these ids, which could not be recorded: {' '.join(map(str, lost))}"
-        if lost
-        else ""
-    )
+    return exit_code or (1 if left else 0)
 
 
 def main() -> int:
     """Read the command line, run, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    resume_help = "submit nothing; poll what FILE, or else the newest results file, has pending"
+    resume_help = "submit nothing; poll what FILE, or the newest results file, has pending"
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
-    submit_help = (
-        "with --resume FILE: also submit what its run, which must have ended, did not send"
-    )
+    submit_help = "with --resume FILE, whose run must have ended: submit what was not sent"
     parser.add_argument("--submit", action="store_true", help=submit_help)
     options = parser.parse_args()
     if options.submit and not options.resume:
@@ -762,10 +725,13 @@ def main() -> int:
     unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
     resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
     try:
-        return run(records, unsent, path, resume)
+        return run_and_summarize(records, unsent, path, resume)
     except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"\n{path}: {error or 'interrupted'}; to go on polling: {resume}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):
+            print(f"\n{path}: {str(error) or 'interrupted'}", file=sys.stderr)
+        if any(record.outcome == PENDING for record in records):
+            print(f"To go on polling: {resume}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
