@@ -34,8 +34,8 @@ from urllib3.util import Retry
 
 NUM_REQUESTS = 10  # how many to submit, up to 50; the questions repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
-POLL_INTERVAL_SECONDS = 2  # between two polls of the group; raise it for a long wait
-MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; --resume starts anew
+POLL_INTERVAL_SECONDS = 2  # between two polls of the group; raise it to wait for hours
+MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; a resumed run counts anew
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
@@ -54,7 +54,7 @@ SAMPLE_QUESTIONS = [
 
 
 def build_request(custom_id: str, question: str) -> dict[str, Any]:
-    """Return the chat completion request for a question; its custom_id comes with the answer."""
+    """Return the chat completion request for a question; its answer repeats the metadata."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
@@ -63,14 +63,14 @@ def build_request(custom_id: str, question: str) -> dict[str, Any]:
     }
 
 
-# --- The API: a function for each endpoint, and one below them for every exchange
+# --- The API: a function for each endpoint, and exchange, which makes the HTTP request
 
 MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
 Json = dict[str, Any]
 
 
 class ApiError(Exception):
-    """An exchange failed: its class says how, its text why, with the key removed."""
+    """An exchange failed: the class says how, the text why. The key is removed from the text."""
 
     def __init__(self, reason: str, retry_after_seconds: float = 0) -> None:
         super().__init__(reason.replace(api_key(), "[API key]")[:1000])
@@ -78,33 +78,40 @@ class ApiError(Exception):
 
 
 class Refused(ApiError):
-    """The API does not take this request; others may be fine."""
+    """The API rejects this request. Others may be fine."""
 
 
 class LockedOut(ApiError):
-    """The API takes no request: the key, the credit or a certificate has to be mended."""
+    """The API rejects every request: the key, the credit or a certificate is at fault."""
 
 
 class NotAccepted(ApiError):
-    """The exchange certainly had no effect, so it is safe to repeat."""
+    """The exchange certainly had no effect. It is safe to repeat."""
 
 
 class Uncertain(ApiError):
-    """The exchange may have had an effect: a submission that is repeated may be paid for twice."""
+    """The exchange may have had an effect: repeat a submission, and it may be paid for twice."""
 
 
 def submit_group(session: Session, requests: list[Json], timeout_seconds: float) -> str:
-    """Submit 1 to 50 chat completion requests as a group, and return its id; raise ApiError."""
+    """Submit 1 to 50 chat completion requests as a group, and return its group id.
+
+    POST /v1/async/group/chat/completions. Raises ApiError.
+    """
     body = {"requests": requests}
     answer = exchange(session, "POST", "/async/group/chat/completions", timeout_seconds, body)
     group_id = answer.get("groupId")
     if not isinstance(group_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", group_id):
-        raise Uncertain(f"accepted, but with an id that cannot be polled: {group_id!r}")
+        raise Uncertain(f"accepted, but the answer has no usable id: {answer}")
     return group_id
 
 
 def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Any]:
-    """Return a group's generations as they are now, in any order; raise ApiError (first, 404)."""
+    """Return a group's generations in their current state, in any order.
+
+    GET /v1/async/group/{groupId}/generations. Raises ApiError; just after the submission, a 404
+    is normal. A generation may be missing until it is final.
+    """
     answer = exchange(session, "GET", f"/async/group/{group_id}/generations", timeout_seconds)
     if not isinstance(answer.get("generations"), list):
         raise Uncertain("the answer has no list of generations")
@@ -114,36 +121,30 @@ def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP exchange, and return the JSON object in the API's answer.
+    """Make one HTTP request, and return the JSON object that the API answers.
 
-    timeout_seconds is for connecting and for each wait for data; the answer may take twice that.
-    Raises ApiError, or ValueError if INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used.
+    timeout_seconds limits connecting and each wait for data; an answer that still drips after
+    twice that is given up. Raises ApiError, or, before anything is sent, ValueError if
+    INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used, and TypeError if body is not JSON.
     """
     url, key = base_url() + path, api_key()
+    # requests reads a file object only once a connection is open: tell() says if it was sent.
     payload = None if body is None else io.BytesIO(json.dumps(body).encode())
     try:
         response = session.request(
             method,
             url,
-            data=payload,  # not read before a connection is open: its position tells
+            data=payload,
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             auth=lambda request: request,  # without one, an entry in .netrc replaces the key
             timeout=timeout_seconds,
             allow_redirects=False,
-            # If there is a redirect, requests would read its body, and rewind the payload.
+            # Without a Location, requests does not prepare a redirect, and rewind the payload.
             hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
         )
-        deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-        with response:
-            for chunk in response.iter_content(64):  # a chunk is waited for until it is full
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the answer comes too slowly")
-        if response.status_code < 200:  # the real answer is still to come on this connection
-            session.close()
-    except Exception as error:  # not only those of requests: urllib3's come through it too
+    except Exception as error:  # requests lets some errors of urllib3 through
         cause: BaseException = error
         while cause.__context__:
             cause = cause.__context__
@@ -151,13 +152,23 @@ def exchange(
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
+    deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
+    with response, suppress(Exception):  # what has come is judged below, even if it is cut off
+        for chunk in response.iter_content(64):  # small: each is waited for until it is full
+            content += chunk
+            if time.monotonic() > deadline:
+                break
+    if response.status_code < 200:  # the real answer is still to come on this connection
+        session.close()
     if not 200 <= response.status_code < 300:
-        raise status_error(response, content, method)
-    with suppress(ValueError, RecursionError):
+        raise status_error(response, content.decode(errors="replace"), method)
+    try:
         answer = json.loads(content)
-        if isinstance(answer, dict):
-            return answer
-    raise Uncertain(f"HTTP {response.status_code}: the answer is not a JSON object")
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
+    return answer
 
 
 def api_key() -> str:
@@ -170,7 +181,7 @@ def api_key() -> str:
 
 
 def base_url() -> str:
-    """Return INFERENCE_BASE_URL; raise ValueError if it would show the key, as plain http does."""
+    """Return INFERENCE_BASE_URL, or its default; raise ValueError if it would show the key."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
     https, http = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127(\.\d+){3}|\[::1\])"
     if not re.fullmatch(rf"({https}|{http})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
@@ -178,14 +189,14 @@ def base_url() -> str:
     return url
 
 
-def status_error(response: Response, content: bytearray, method: str) -> ApiError:
-    """Return the ApiError for an HTTP status that is not 2xx."""
-    status, text, retry_after_seconds = response.status_code, content.decode(errors="replace"), 0.0
-    with suppress(ValueError, TypeError, LookupError, RecursionError):  # HTML, from a proxy
+def status_error(response: Response, text: str, method: str) -> ApiError:
+    """Return the ApiError for an HTTP status that is not 2xx; text is the body of the answer."""
+    status, retry_after_seconds = response.status_code, 0.0
+    with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
         text = str(json.loads(text)["error"]["message"])
     text = re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason
     reason = f"HTTP {status}: {text}"
-    with suppress(Exception):  # there is none, or one that cannot be read, in one of many ways
+    with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
     if status in (401, 403):
@@ -198,15 +209,17 @@ def status_error(response: Response, content: bytearray, method: str) -> ApiErro
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
-# --- The record: a request and what has become of it
+# --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"  # ours
+# Our own, until the API has a state: SUBMITTING is saved just before a request is sent, so that
+# after a kill it means UNKNOWN, perhaps accepted. PENDING is accepted, and not yet final.
+NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
 
 
 @dataclass
 class Record:
-    """A request and what has become of it; as JSON, a row of the results file."""
+    """A request, its state and its answer. As JSON it is a row of the results file."""
 
     custom_id: str | None
     question: str
@@ -223,7 +236,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """SUCCESS, FAILED, PENDING, NOT_SENT, or UNKNOWN: it may have been accepted."""
+        """What the request has come to: SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT."""
         if self.state in (SUCCESS, FAILED):
             return self.state
         if self.group_id:
@@ -232,7 +245,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. All but its state may be missing, or of an odd type."""
+    """Copy a generation into its record. Only its state has to be there, and of the right type."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -260,28 +273,29 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 
 # --- The work: submit, then poll until final
 
-# Worker threads make the exchanges and keep the records: an id is saved by the thread that
-# receives it, whatever becomes of the caller's thread, which hands out work and waits.
-# Once the event named stop is set, workers send nothing more.
+# A worker thread makes the exchanges, changes the records and saves them: an id is saved by the
+# thread that receives it, even if the caller's thread is slow or has been stopped. The caller's
+# thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
 
 MAX_SUBMIT_ATTEMPTS = 5
-TICK_SECONDS = 0.25  # how often tick is called
+TICK_SECONDS = 0.25
 Records = list[Record]
-Save = Callable[[Records], object]
-Tick = Callable[[], object]  # object, the default, does nothing
+Save = Callable[[Records], object]  # called in the worker thread
+Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
 session = Session()  # one is enough, as there is one exchange at a time
-held_until = 0.0  # on time.monotonic: no exchange begins before
+hold_lock = threading.Lock()
+held_until = 0.0  # no exchange begins before this time.monotonic()
 
 
 def submit_all(
     pool: Executor, records: Records, save: Save, tick: Tick = object
 ) -> Iterator[Records]:
-    """Submit the requests as one group; yield the records once it is known what came of it.
+    """Submit the requests as one group; yield the records when the submission has ended.
 
     Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
-    the records before and after the submission; tick is called a few times a second meanwhile.
-    Raises LockedOut, NotAccepted (the API is down, or has no room) or an error of save after that,
-    and TimeoutError if the worker is stuck.
+    the records before and after each attempt. tick is called every TICK_SECONDS while waiting.
+    What ends the submitting early is raised after that: LockedOut, NotAccepted (the API is down,
+    or has no room), an exception from save; TimeoutError, at once, if the worker is stuck.
     """
     stop = threading.Event()
     try:
@@ -294,13 +308,14 @@ def submit_all(
 
 
 def submit(records: Records, save: Save, stop: threading.Event) -> None:
-    """Submit the group, in a worker; again only while it was certainly not accepted."""
+    """Submit the group, in a worker thread. Retry only what certainly was not accepted."""
     requests = [build_request(str(record.custom_id), record.question) for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-        if not wait_to_send(backoff_seconds, stop):
+        if not wait_to_send(backoff_seconds, stop) or records[0].outcome != NOT_SENT:
             return
-        save([replace(record, state=SUBMITTING) for record in records])  # or it is not sent
+        # What cannot be saved is not sent: the records themselves change only after that.
+        save([replace(record, state=SUBMITTING, error=None) for record in records])
         mark(records, SUBMITTING)
         try:
             mark(records, QUEUED, submit_group(session, requests, REQUEST_TIMEOUT_SECONDS))
@@ -312,15 +327,16 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
         except NotAccepted as error:
             mark(records, NOT_SENT, error=error)
             hold_back(error.retry_after_seconds)
-            failure = error
+            if attempt == MAX_SUBMIT_ATTEMPTS - 1:
+                raise
         except LockedOut as error:
             mark(records, NOT_SENT, error=error)
             raise
+        except (ValueError, TypeError):  # exchange has sent nothing
+            mark(records, NOT_SENT)
+            raise
         finally:
             save(records)
-        if records[0].state != NOT_SENT:
-            return
-    raise failure
 
 
 def mark(records: Records, state: str, group_id: str | None = None, error: object = "") -> None:
@@ -334,9 +350,9 @@ def poll_all(
 ) -> Iterator[Records]:
     """Poll the group every POLL_INTERVAL_SECONDS; yield, after each poll, what has become final.
 
-    Iterating, save and tick are as in submit_all. What answers none of the records is appended to
-    them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays pending. Raises
-    LockedOut, an error of save, or TimeoutError if the worker is stuck.
+    Iterating and tick are as in submit_all; save gets what is final. What belongs to none of the
+    records is appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays
+    pending. Raises LockedOut, an exception from save, or TimeoutError if the worker is stuck.
     """
     stop = threading.Event()
     try:
@@ -355,7 +371,7 @@ def poll_all(
 
 
 def poll(records: Records, save: Save, stop: threading.Event) -> Records:
-    """Poll the group once, in a worker, and return what has become final."""
+    """Poll the group once, in a worker thread; return what has become final, if anything."""
     if not wait_to_send(0, stop):
         return []
     pending = [record for record in records if record.outcome == PENDING]
@@ -376,9 +392,9 @@ def poll(records: Records, save: Save, stop: threading.Event) -> Records:
 
 
 def match(generation: Any, records: Records) -> Record | None:
-    """Copy a generation into the record with its custom_id; return that if it is final now.
+    """Copy a generation into the record with its custom_id; return the record if it is now final.
 
-    A final generation that no record is pending for becomes a record without a custom_id.
+    If no record with this custom_id is pending, a final generation becomes a record of its own.
     """
     if dig(generation, str, "state") is None:
         return None
@@ -398,13 +414,14 @@ def match(generation: Any, records: Records) -> Record | None:
 
 
 def hold_back(seconds: float) -> None:
-    """Make every worker wait before its next exchange: Retry-After speaks of the account."""
+    """Let no worker send before that many seconds: Retry-After is for the whole account."""
     global held_until
-    held_until = max(held_until, time.monotonic() + seconds)
+    with hold_lock:
+        held_until = max(held_until, time.monotonic() + seconds)
 
 
 def wait_to_send(seconds: float, stop: threading.Event) -> bool:
-    """Wait that long, and until held_until; return False if the work is stopped."""
+    """Wait that many seconds, and until held_until; return False if stop is set."""
     until = time.monotonic() + seconds
     while not stop.is_set() and (left := max(until, held_until) - time.monotonic()) > 0:
         stop.wait(left)
@@ -412,9 +429,9 @@ def wait_to_send(seconds: float, stop: threading.Event) -> bool:
 
 
 def wait_for(future: Future[Any], tick: Tick) -> None:
-    """Wait until the future is done; TimeoutError if it is stuck, as on a header that drips."""
+    """Wait until a future is done; TimeoutError if its worker is stuck, as on an endless header."""
     since = time.monotonic()
-    limit_seconds = 20 * REQUEST_TIMEOUT_SECONDS + 20  # more than slow exchanges that end well
+    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts at six addresses, and backoff
     while not wait([future], TICK_SECONDS).done:
         if time.monotonic() > max(since, held_until) + limit_seconds:
             raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
@@ -508,15 +525,14 @@ def show_poll(attempt: int, records: Records, before: str) -> str:
 
 def answer_of(record: Record) -> str:
     """Return the answer to a request, or why there is none."""
-    answer = record.response if record.outcome == SUCCESS else record.error
-    return answer or {SUCCESS: "(no text)", SUBMITTING: "interrupted"}.get(
-        record.state, record.state
-    )
+    if record.outcome == SUCCESS:
+        return record.response or "(no text)"
+    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
 
 
 def show_list(title: str, records: Records, path: Path) -> None:
     """Print up to MAX_ROWS requests, each with why it has no answer."""
-    show_section(title)
+    show_section(f"{title} of Group {records[0].group_id}" if records[0].group_id else title)
     for record in records[:MAX_ROWS]:
         name = record.custom_id or record.generation_id
         say(f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}")
@@ -589,7 +605,6 @@ def show_summary(records: Records, seconds: float, answered: int, path: Path, re
 # --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-group"
-MAX_GROUP_SIZE = 50
 EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
 0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
 GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
@@ -631,7 +646,7 @@ def new_run() -> tuple[Records, Path]:
     return records, path
 
 
-def earlier_run(name: str) -> tuple[Records, Path]:
+def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
     """Return the records of a results file, and it: by default the newest with a pending one."""
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
@@ -639,7 +654,8 @@ def earlier_run(name: str) -> tuple[Records, Path]:
         if any(name or record.outcome == PENDING for record in records):
             break
     else:
-        raise ValueError(f"{name} has no row of this script" if name else "nothing is pending")
+        what = f"{name} has no row that this script has written"
+        raise ValueError(what if name else f"nothing is pending in {RESULTS_DIR}")
     last_line = path.read_bytes().rpartition(b"\n")[2]
     with path.open("ab") as file:
         if last_line in damaged:  # a kill tore it
@@ -647,6 +663,8 @@ def earlier_run(name: str) -> tuple[Records, Path]:
             damaged.remove(last_line)
         elif last_line:  # an editor took its line break
             file.write(b"\n")
+    if damaged and is_submitting:  # one of them may say that a request was sent
+        raise ValueError(f"--submit might pay twice: {path} has lines that cannot be read")
     if damaged:
         print(f"{path}: {len(damaged)} lines cannot be read, and are ignored", file=sys.stderr)
     return records, path
@@ -661,9 +679,8 @@ def check_configuration() -> None:
         if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
             names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
             raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
-    if NUM_REQUESTS > MAX_GROUP_SIZE:
-        limit = f"a group holds {MAX_GROUP_SIZE} at most; async_polling_example.py takes more"
-        raise ValueError(f"NUM_REQUESTS is {NUM_REQUESTS}, but {limit}")
+    if NUM_REQUESTS > 50:
+        raise ValueError("NUM_REQUESTS: a group holds 50; async_polling_example.py takes more")
     questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
     if not questions or not all(isinstance(each, str) and each.strip() for each in questions):
         raise ValueError("SAMPLE_QUESTIONS must be a list of questions, none of them blank")
@@ -724,11 +741,8 @@ def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str
     if strays:
         show_list("Unmatched Generations", strays, path)
         left = ", ".join(filter(None, [left, f"{len(strays)} unmatched"]))
-    group_id = asked[0].group_id
-    if any(record.outcome == PENDING for record in asked):
-        say(f"\n  Group: {group_id}")
-    if group_id not in {record.group_id for record in read_results(path)[0]}:
-        say("  Keep this id, which the results file does not have")
+    if {record.group_id for record in asked} - {each.group_id for each in read_results(path)[0]}:
+        say(f"\n  Keep this id, which the file does not have: {asked[0].group_id}")
     ending = f"Not complete: {left or 'stopped'}" if left or exit_code else "Generation complete!"
     say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
     return exit_code or (1 if left else 0)
@@ -748,7 +762,10 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         check_configuration()
-        records, path = new_run() if options.resume is None else earlier_run(options.resume)
+        if options.resume is None:
+            records, path = new_run()
+        else:
+            records, path = earlier_run(options.resume, options.submit)
     except (OSError, ValueError, TypeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -35,9 +35,9 @@ from urllib3.util import Retry
 
 NUM_REQUESTS = 10  # how many to submit; the questions repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
-POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it for a long wait
-MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; --resume starts anew
-MAX_CONCURRENT_POLLS = 5  # worker threads, for submissions too; each keeps one connection
+POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it to wait for hours
+MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; a resumed run counts anew
+MAX_CONCURRENT_POLLS = 5  # worker threads, for submissions and polls; one connection each
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
@@ -56,7 +56,7 @@ SAMPLE_QUESTIONS = [
 
 
 def build_request(custom_id: str, question: str) -> dict[str, Any]:
-    """Return the chat completion request for a question; its custom_id comes with the answer."""
+    """Return the chat completion request for a question; its answer repeats the metadata."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
@@ -65,14 +65,14 @@ def build_request(custom_id: str, question: str) -> dict[str, Any]:
     }
 
 
-# --- The API: a function for each endpoint, and one below them for every exchange
+# --- The API: a function for each endpoint, and exchange, which makes the HTTP request
 
 MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
 Json = dict[str, Any]
 
 
 class ApiError(Exception):
-    """An exchange failed: its class says how, its text why, with the key removed."""
+    """An exchange failed: the class says how, the text why. The key is removed from the text."""
 
     def __init__(self, reason: str, retry_after_seconds: float = 0) -> None:
         super().__init__(reason.replace(api_key(), "[API key]")[:1000])
@@ -80,32 +80,38 @@ class ApiError(Exception):
 
 
 class Refused(ApiError):
-    """The API does not take this request; others may be fine."""
+    """The API rejects this request. Others may be fine."""
 
 
 class LockedOut(ApiError):
-    """The API takes no request: the key, the credit or a certificate has to be mended."""
+    """The API rejects every request: the key, the credit or a certificate is at fault."""
 
 
 class NotAccepted(ApiError):
-    """The exchange certainly had no effect, so it is safe to repeat."""
+    """The exchange certainly had no effect. It is safe to repeat."""
 
 
 class Uncertain(ApiError):
-    """The exchange may have had an effect: a submission that is repeated may be paid for twice."""
+    """The exchange may have had an effect: repeat a submission, and it may be paid for twice."""
 
 
 def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
-    """Submit a chat completion request, and return its generation id; raise ApiError."""
+    """Submit a chat completion request, and return its generation id.
+
+    POST /v1/async/chat/completions. Raises ApiError.
+    """
     answer = exchange(session, "POST", "/async/chat/completions", timeout_seconds, request)
     generation_id = answer.get("id")
     if not isinstance(generation_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", generation_id):
-        raise Uncertain(f"accepted, but with an id that cannot be polled: {generation_id!r}")
+        raise Uncertain(f"accepted, but the answer has no usable id: {answer}")
     return generation_id
 
 
 def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
-    """Return a generation as it is now; raise ApiError. Just after its submission 404 is normal."""
+    """Return a generation: its current state, and its response once it has one.
+
+    GET /v1/generation/{id}. Raises ApiError; just after the submission, a 404 is normal.
+    """
     generation = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
     if generation.get("id") not in (None, generation_id):
         raise Uncertain(f"the answer is another generation: {generation['id']!r}")
@@ -117,36 +123,30 @@ def fetch_generation(session: Session, generation_id: str, timeout_seconds: floa
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP exchange, and return the JSON object in the API's answer.
+    """Make one HTTP request, and return the JSON object that the API answers.
 
-    timeout_seconds is for connecting and for each wait for data; the answer may take twice that.
-    Raises ApiError, or ValueError if INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used.
+    timeout_seconds limits connecting and each wait for data; an answer that still drips after
+    twice that is given up. Raises ApiError, or, before anything is sent, ValueError if
+    INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used, and TypeError if body is not JSON.
     """
     url, key = base_url() + path, api_key()
+    # requests reads a file object only once a connection is open: tell() says if it was sent.
     payload = None if body is None else io.BytesIO(json.dumps(body).encode())
     try:
         response = session.request(
             method,
             url,
-            data=payload,  # not read before a connection is open: its position tells
+            data=payload,
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             auth=lambda request: request,  # without one, an entry in .netrc replaces the key
             timeout=timeout_seconds,
             allow_redirects=False,
-            # If there is a redirect, requests would read its body, and rewind the payload.
+            # Without a Location, requests does not prepare a redirect, and rewind the payload.
             hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
         )
-        deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-        with response:
-            for chunk in response.iter_content(64):  # a chunk is waited for until it is full
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the answer comes too slowly")
-        if response.status_code < 200:  # the real answer is still to come on this connection
-            session.close()
-    except Exception as error:  # not only those of requests: urllib3's come through it too
+    except Exception as error:  # requests lets some errors of urllib3 through
         cause: BaseException = error
         while cause.__context__:
             cause = cause.__context__
@@ -154,13 +154,23 @@ def exchange(
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
+    deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
+    with response, suppress(Exception):  # what has come is judged below, even if it is cut off
+        for chunk in response.iter_content(64):  # small: each is waited for until it is full
+            content += chunk
+            if time.monotonic() > deadline:
+                break
+    if response.status_code < 200:  # the real answer is still to come on this connection
+        session.close()
     if not 200 <= response.status_code < 300:
-        raise status_error(response, content, method)
-    with suppress(ValueError, RecursionError):
+        raise status_error(response, content.decode(errors="replace"), method)
+    try:
         answer = json.loads(content)
-        if isinstance(answer, dict):
-            return answer
-    raise Uncertain(f"HTTP {response.status_code}: the answer is not a JSON object")
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
+    return answer
 
 
 def api_key() -> str:
@@ -173,7 +183,7 @@ def api_key() -> str:
 
 
 def base_url() -> str:
-    """Return INFERENCE_BASE_URL; raise ValueError if it would show the key, as plain http does."""
+    """Return INFERENCE_BASE_URL, or its default; raise ValueError if it would show the key."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
     https, http = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127(\.\d+){3}|\[::1\])"
     if not re.fullmatch(rf"({https}|{http})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
@@ -181,14 +191,14 @@ def base_url() -> str:
     return url
 
 
-def status_error(response: Response, content: bytearray, method: str) -> ApiError:
-    """Return the ApiError for an HTTP status that is not 2xx."""
-    status, text, retry_after_seconds = response.status_code, content.decode(errors="replace"), 0.0
-    with suppress(ValueError, TypeError, LookupError, RecursionError):  # HTML, from a proxy
+def status_error(response: Response, text: str, method: str) -> ApiError:
+    """Return the ApiError for an HTTP status that is not 2xx; text is the body of the answer."""
+    status, retry_after_seconds = response.status_code, 0.0
+    with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
         text = str(json.loads(text)["error"]["message"])
     text = re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason
     reason = f"HTTP {status}: {text}"
-    with suppress(Exception):  # there is none, or one that cannot be read, in one of many ways
+    with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
     if status in (401, 403):
@@ -201,15 +211,17 @@ def status_error(response: Response, content: bytearray, method: str) -> ApiErro
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
-# --- The record: a request and what has become of it
+# --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"  # ours
+# Our own, until the API has a state: SUBMITTING is saved just before a request is sent, so that
+# after a kill it means UNKNOWN, perhaps accepted. PENDING is accepted, and not yet final.
+NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
 
 
 @dataclass
 class Record:
-    """A request and what has become of it; as JSON, a row of the results file."""
+    """A request, its state and its answer. As JSON it is a row of the results file."""
 
     custom_id: str
     question: str
@@ -225,7 +237,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """SUCCESS, FAILED, PENDING, NOT_SENT, or UNKNOWN: it may have been accepted."""
+        """What the request has come to: SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT."""
         if self.state in (SUCCESS, FAILED):
             return self.state
         if self.generation_id:
@@ -234,7 +246,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. All but its state may be missing, or of an odd type."""
+    """Copy a generation into its record. Only its state has to be there, and of the right type."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -262,37 +274,39 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 
 # --- The work: submit, then poll until final
 
-# Worker threads make the exchanges and keep the records: an id is saved by the thread that
-# receives it, whatever becomes of the caller's thread, which hands out work and waits.
-# Once the event named stop is set, workers send nothing more.
+# Worker threads make the exchanges, change the records and save them: an id is saved by the
+# thread that receives it, even if the caller's thread is slow or has been stopped. The caller's
+# thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
 
 MAX_SUBMIT_ATTEMPTS = 5
-TICK_SECONDS = 0.25  # how often tick is called
+TICK_SECONDS = 0.25
 Records = list[Record]
-Save = Callable[[Records], object]
-Tick = Callable[[], object]  # object, the default, does nothing
+Save = Callable[[Records], object]  # called in worker threads, several at a time
+Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
 sessions: defaultdict[int, Session] = defaultdict(Session)  # one for each thread, by its ident
-held_until = 0.0  # on time.monotonic: no exchange begins before
+hold_lock = threading.Lock()
+held_until = 0.0  # no exchange begins before this time.monotonic()
 
 
 def submit_all(
     pool: Executor, records: Records, save: Save, tick: Tick = object
 ) -> Iterator[Record]:
-    """Submit each request; yield the records in order, once it is known what came of them.
+    """Submit each request; yield the records in their order, each when its submission has ended.
 
     Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
-    records before and after their submission; tick is called a few times a second while it waits.
-    Raises TimeoutError if a worker is stuck, and, after the last record, what ended the submitting
-    early: LockedOut, NotAccepted (the API is down, or has no room) or an error of save.
+    the record before and after each attempt. tick is called every TICK_SECONDS while waiting.
+    What ends the submitting early is raised after the last record: LockedOut, NotAccepted (the
+    API is down, or has no room), an exception from save; TimeoutError, at once, if a worker is
+    stuck.
     """
     stop = threading.Event()
     failure: BaseException | None = None
     try:
         futures = [pool.submit(submit, record, save, stop) for record in records]
         for record, future in zip(records, futures, strict=True):
-            since = time.monotonic()
+            waiting_since = time.monotonic()
             while not wait([future], TICK_SECONDS).done:
-                check_stall(since)
+                check_stall(waiting_since)
                 tick()
             failure = failure or future.exception()
             yield record
@@ -303,48 +317,56 @@ def submit_all(
 
 
 def submit(record: Record, save: Save, stop: threading.Event) -> None:
-    """Submit one request, in a worker; again only while it was certainly not accepted."""
+    """Submit one request, in a worker thread. Retry only what certainly was not accepted."""
     request = build_request(record.custom_id, record.question)
-    for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-        if not wait_to_send(backoff_seconds, stop):
-            return
-        save([replace(record, state=SUBMITTING)])  # what cannot be recorded is not sent
-        record.state, record.error = SUBMITTING, None
-        try:
-            session = sessions[threading.get_ident()]
-            record.generation_id = submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
-            record.state = QUEUED
-        except Refused as error:
-            record.state, record.error = FAILED, str(error)
-        except Uncertain as error:
-            record.state, record.error = UNKNOWN, str(error)
-            hold_back(error.retry_after_seconds)
-        except NotAccepted as error:
-            record.state, record.error, failure = NOT_SENT, str(error), error
-            hold_back(error.retry_after_seconds)
-        except LockedOut as error:
-            record.state, record.error = NOT_SENT, str(error)
-            stop.set()
-            raise
-        finally:
-            save([record])
-        if record.state != NOT_SENT:
-            return
-    stop.set()
-    raise failure
+    try:
+        for attempt in range(MAX_SUBMIT_ATTEMPTS):
+            backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
+            if not wait_to_send(backoff_seconds, stop) or record.outcome != NOT_SENT:
+                return
+            # What cannot be saved is not sent: the record itself changes only after that.
+            save([replace(record, state=SUBMITTING, error=None)])
+            record.state, record.error = SUBMITTING, None
+            try:
+                session = sessions[threading.get_ident()]
+                record.generation_id = submit_generation(session, request, REQUEST_TIMEOUT_SECONDS)
+                record.state = QUEUED
+            except Refused as error:
+                record.state, record.error = FAILED, str(error)
+            except Uncertain as error:
+                record.state, record.error = UNKNOWN, str(error)
+                hold_back(error.retry_after_seconds)
+            except NotAccepted as error:
+                record.state, record.error = NOT_SENT, str(error)
+                hold_back(error.retry_after_seconds)
+                if attempt == MAX_SUBMIT_ATTEMPTS - 1:
+                    raise
+            except LockedOut as error:
+                record.state, record.error = NOT_SENT, str(error)
+                raise
+            except (ValueError, TypeError):  # exchange has sent nothing
+                record.state = NOT_SENT
+                raise
+            finally:
+                save([record])
+    except Exception:
+        stop.set()  # the other workers send nothing more
+        raise
 
 
 def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) -> Iterator[Record]:
     """Poll each generation every POLL_INTERVAL_SECONDS; yield the records that become final.
 
-    Iterating, save and tick are as in submit_all. After MAX_POLL_ATTEMPTS polls a record stays
-    pending. Raises LockedOut, an error of save, or TimeoutError if workers are stuck.
+    Iterating and tick are as in submit_all; save gets a record when it is final. After
+    MAX_POLL_ATTEMPTS polls a record stays pending, with the last failure as its error. Raises
+    LockedOut, an exception from save, or TimeoutError if workers are stuck.
     """
     stop = threading.Event()
-    waiting = deque((0.0, 1, record) for record in records)  # the next one due is always first
+    # When each poll is due, its attempt, its record: always in order, as the interval is the same.
+    waiting = deque((0.0, 1, record) for record in records)
     polled: dict[Future[None], tuple[int, Record]] = {}
     done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+    last_event = 0.0
     try:
         while waiting or polled:
             now = time.monotonic()
@@ -353,28 +375,28 @@ def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) 
                 future = pool.submit(poll, record, save, stop)
                 polled[future] = attempt, record
                 future.add_done_callback(done.put)
-                since = now
+                last_event = now
             due_in_seconds = waiting[0][0] - now if waiting else TICK_SECONDS
             try:
                 future = done.get(timeout=min(due_in_seconds, TICK_SECONDS))
             except queue.Empty:
                 if not waiting:
-                    check_stall(since)
+                    check_stall(last_event)
                 tick()
                 continue
-            since = time.monotonic()
+            last_event = time.monotonic()
             attempt, record = polled.pop(future)
             future.result()
             if record.outcome != PENDING:
                 yield record
             elif attempt < MAX_POLL_ATTEMPTS:
-                waiting.append((since + POLL_INTERVAL_SECONDS, attempt + 1, record))
+                waiting.append((last_event + POLL_INTERVAL_SECONDS, attempt + 1, record))
     finally:
         stop.set()
 
 
 def poll(record: Record, save: Save, stop: threading.Event) -> None:
-    """Poll a generation once, in a worker; whatever breaks, the record stays pending."""
+    """Poll a generation once, in a worker thread. If that fails, the record stays pending."""
     if not wait_to_send(0, stop):
         return
     try:
@@ -395,13 +417,14 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
 
 
 def hold_back(seconds: float) -> None:
-    """Make every worker wait before its next exchange: Retry-After speaks of the account."""
+    """Let no worker send before that many seconds: Retry-After is for the whole account."""
     global held_until
-    held_until = max(held_until, time.monotonic() + seconds)
+    with hold_lock:
+        held_until = max(held_until, time.monotonic() + seconds)
 
 
 def wait_to_send(seconds: float, stop: threading.Event) -> bool:
-    """Wait that long, and until held_until; return False if the work is stopped."""
+    """Wait that many seconds, and until held_until; return False if stop is set."""
     until = time.monotonic() + seconds
     while not stop.is_set() and (left := max(until, held_until) - time.monotonic()) > 0:
         stop.wait(left)
@@ -409,8 +432,8 @@ def wait_to_send(seconds: float, stop: threading.Event) -> bool:
 
 
 def check_stall(since: float) -> None:
-    """Raise TimeoutError if a worker is stuck since then, as on a header that drips for ever."""
-    limit_seconds = 20 * REQUEST_TIMEOUT_SECONDS + 20  # more than slow exchanges that end well
+    """Raise TimeoutError if a worker is stuck, for example on a header that never ends."""
+    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts at six addresses, and backoff
     if time.monotonic() > max(since, held_until) + limit_seconds:
         raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
 
@@ -489,10 +512,9 @@ def show_submission(record: Record) -> None:
 
 def answer_of(record: Record) -> str:
     """Return the answer to a request, or why there is none."""
-    answer = record.response if record.outcome == SUCCESS else record.error
-    return answer or {SUCCESS: "(no text)", SUBMITTING: "interrupted"}.get(
-        record.state, record.state
-    )
+    if record.outcome == SUCCESS:
+        return record.response or "(no text)"
+    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
 
 
 def show_list(title: str, records: Records, path: Path) -> None:
@@ -611,7 +633,7 @@ def new_run() -> tuple[Records, Path]:
     return records, path
 
 
-def earlier_run(name: str) -> tuple[Records, Path]:
+def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
     """Return the records of a results file, and it: by default the newest with a pending one."""
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
@@ -619,7 +641,8 @@ def earlier_run(name: str) -> tuple[Records, Path]:
         if any(name or record.outcome == PENDING for record in records):
             break
     else:
-        raise ValueError(f"{name} has no row of this script" if name else "nothing is pending")
+        what = f"{name} has no row that this script has written"
+        raise ValueError(what if name else f"nothing is pending in {RESULTS_DIR}")
     last_line = path.read_bytes().rpartition(b"\n")[2]
     with path.open("ab") as file:
         if last_line in damaged:  # a kill tore it
@@ -627,6 +650,8 @@ def earlier_run(name: str) -> tuple[Records, Path]:
             damaged.remove(last_line)
         elif last_line:  # an editor took its line break
             file.write(b"\n")
+    if damaged and is_submitting:  # one of them may say that a request was sent
+        raise ValueError(f"--submit might pay twice: {path} has lines that cannot be read")
     if damaged:
         print(f"{path}: {len(damaged)} lines cannot be read, and are ignored", file=sys.stderr)
     return records, path
@@ -717,7 +742,10 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         check_configuration()
-        records, path = new_run() if options.resume is None else earlier_run(options.resume)
+        if options.resume is None:
+            records, path = new_run()
+        else:
+            records, path = earlier_run(options.resume, options.submit)
     except (OSError, ValueError, TypeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
