@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -109,8 +108,8 @@ def submit_group(session: Session, requests: list[Json], timeout_seconds: float)
 def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Any]:
     """Return a group's generations in their current state, in any order.
 
-    GET /v1/async/group/{groupId}/generations. Raises ApiError; just after the submission, a 404
-    is normal. A generation may be missing until it is final.
+    GET /v1/async/group/{groupId}/generations. Raises ApiError. Just after the submission, a 404
+    is normal; later a generation may be missing until it is final.
     """
     answer = exchange(session, "GET", f"/async/group/{group_id}/generations", timeout_seconds)
     if not isinstance(answer.get("generations"), list):
@@ -123,9 +122,8 @@ def exchange(
 ) -> Json:
     """Make one HTTP request, and return the JSON object that the API answers.
 
-    timeout_seconds limits connecting and each wait for data; an answer that still drips after
-    twice that is given up. Raises ApiError, or, before anything is sent, ValueError if
-    INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used, and TypeError if body is not JSON.
+    timeout_seconds limits connecting and each wait for data; a dripping answer is given up after
+    twice that. Raises ApiError, or, before anything is sent, ValueError (api_key, base_url, body).
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -162,13 +160,10 @@ def exchange(
         session.close()
     if not 200 <= response.status_code < 300:
         raise status_error(response, content.decode(errors="replace"), method)
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
-    return answer
+    with suppress(ValueError, RecursionError):
+        if isinstance(answer := json.loads(content), dict):
+            return answer
+    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
 
 
 def api_key() -> str:
@@ -194,18 +189,17 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
     status, retry_after_seconds = response.status_code, 0.0
     with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
         text = str(json.loads(text)["error"]["message"])
-    text = re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason
-    reason = f"HTTP {status}: {text}"
+    reason = f"HTTP {status}: " + (re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason)
     with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
     if status in (401, 403):
         return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-    is_too_long = retry_after_seconds > MAX_RETRY_AFTER_SECONDS
-    if method == "POST" and (status == 402 or (status == 429 and is_too_long)):
+    if method == "POST" and status == 402:
         return LockedOut(reason)
     if status == 429:
-        return NotAccepted(reason, retry_after_seconds)
+        is_too_long = method == "POST" and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
+        return (LockedOut if is_too_long else NotAccepted)(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
@@ -259,7 +253,8 @@ def copy_generation(generation: Json, record: Record) -> None:
     with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
         times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
         dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
-        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+        if finished >= dispatched:
+            record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
 
 
 def dig(value: Any, kind: type, *path: str | int) -> Any:
@@ -292,10 +287,9 @@ def submit_all(
 ) -> Iterator[Records]:
     """Submit the requests as one group; yield the records when the submission has ended.
 
-    Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
-    the records before and after each attempt. tick is called every TICK_SECONDS while waiting.
-    What ends the submitting early is raised after that: LockedOut, NotAccepted (the API is down,
-    or has no room), an exception from save; TimeoutError, at once, if the worker is stuck.
+    Nothing is sent until one iterates. save gets the records before and after each attempt. tick
+    is called every TICK_SECONDS while waiting. Raises TimeoutError if the worker is stuck; after
+    the records, LockedOut, NotAccepted (the API is down, or has no room) or what save raised.
     """
     stop = threading.Event()
     try:
@@ -312,7 +306,7 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
     requests = [build_request(str(record.custom_id), record.question) for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-        if not wait_to_send(backoff_seconds, stop) or records[0].outcome != NOT_SENT:
+        if records[0].outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
             return
         # What cannot be saved is not sent: the records themselves change only after that.
         save([replace(record, state=SUBMITTING, error=None) for record in records])
@@ -329,11 +323,8 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
             hold_back(error.retry_after_seconds)
             if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                 raise
-        except LockedOut as error:
+        except (LockedOut, ValueError, TypeError) as error:
             mark(records, NOT_SENT, error=error)
-            raise
-        except (ValueError, TypeError):  # exchange has sent nothing
-            mark(records, NOT_SENT)
             raise
         finally:
             save(records)
@@ -350,22 +341,23 @@ def poll_all(
 ) -> Iterator[Records]:
     """Poll the group every POLL_INTERVAL_SECONDS; yield, after each poll, what has become final.
 
-    Iterating and tick are as in submit_all; save gets what is final. What belongs to none of the
-    records is appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays
-    pending. Raises LockedOut, an exception from save, or TimeoutError if the worker is stuck.
+    tick is as in submit_all; save gets what is final. What belongs to none of the records is
+    appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays pending.
+    Raises LockedOut, what save raised, or TimeoutError if the worker is stuck.
     """
     stop = threading.Event()
+    due = time.monotonic()
     try:
-        for attempt in range(1, MAX_POLL_ATTEMPTS + 1):
-            future = pool.submit(poll, records, save, stop)
-            wait_for(future, tick)
-            yield future.result()
-            if attempt == MAX_POLL_ATTEMPTS or all(each.outcome != PENDING for each in records):
+        for _ in range(MAX_POLL_ATTEMPTS):
+            if all(record.outcome != PENDING for record in records):
                 return
-            due = time.monotonic() + POLL_INTERVAL_SECONDS
             while (left := due - time.monotonic()) > 0:
                 time.sleep(min(left, TICK_SECONDS))
                 tick()
+            future = pool.submit(poll, records, save, stop)
+            wait_for(future, tick)
+            due = time.monotonic() + POLL_INTERVAL_SECONDS
+            yield future.result()
     finally:
         stop.set()
 
@@ -387,7 +379,11 @@ def poll(records: Records, save: Save, stop: threading.Event) -> Records:
     for record in pending:
         record.error = None
     final = [found for each in generations if (found := match(each, records))]
-    save(final)
+    try:
+        save(final)
+    except Exception:
+        mark(final, QUEUED, records[0].group_id)  # they can be polled again
+        raise
     return final
 
 
@@ -396,7 +392,7 @@ def match(generation: Any, records: Records) -> Record | None:
 
     If no record with this custom_id is pending, a final generation becomes a record of its own.
     """
-    if dig(generation, str, "state") is None:
+    if not dig(generation, str, "state"):
         return None
     custom_id = dig(generation, str, "request", "metadata", "custom_id")
     found = Record(None, "", dig(generation, str, "id"), records[0].group_id)
@@ -414,7 +410,7 @@ def match(generation: Any, records: Records) -> Record | None:
 
 
 def hold_back(seconds: float) -> None:
-    """Let no worker send before that many seconds: Retry-After is for the whole account."""
+    """Let no worker send for that many seconds: Retry-After is for the whole account."""
     global held_until
     with hold_lock:
         held_until = max(held_until, time.monotonic() + seconds)
@@ -457,7 +453,7 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
     """Make untrusted text printable, and cut or fill it to exactly so many columns."""
     text = "".join(each if each.isprintable() else " " for each in text[:2000].strip())
     if width(text) > columns:
-        kept = text[: columns - 3]
+        kept = text[: 3 * columns]
         while width(kept) > columns - 3:
             kept = kept[:-1]
         if at_word and text[len(kept)] != " " and " " in kept[columns // 2 :]:
@@ -487,19 +483,19 @@ def show_section(title: str) -> None:
 
 def show_waiting(records: Records, since: float) -> None:
     """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
-    counts = Counter(record.outcome for record in records)
-    running = sum(record.state == IN_PROGRESS for record in records)
-    text = f"{running} running, {counts[PENDING] - running} queued"
-    if counts[NOT_SENT]:
-        text = f"{len(records) - counts[NOT_SENT]}/{len(records)} submitted"
-    troubles = (each.error for each in records if each.outcome in (PENDING, NOT_SENT))
+    pending = [record for record in records if record.outcome == PENDING]
+    running = sum(record.state == IN_PROGRESS for record in pending)
+    text = f"{running} running, {len(pending) - running} queued"
+    unsent = [record for record in records if record.state in (NOT_SENT, SUBMITTING)]
+    if unsent:
+        text = f"{len(records) - len(unsent)}/{len(records)} submitted"
     elapsed = timedelta(seconds=int(time.monotonic() - since))
-    text = f"⏳ {text}, {elapsed} {next(filter(None, troubles), '')}"
+    trouble = next((each.error for each in (*unsent, *pending) if each.error), "")
     if sys.stdout and sys.stdout.isatty():
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
+        columns = max(os.get_terminal_size(sys.stdout.fileno()).columns or 80, 20)
+        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(text, 200).rstrip())
+        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", 200).rstrip())
 
 
 def show_submission(records: Records) -> None:
@@ -605,6 +601,7 @@ def show_summary(records: Records, seconds: float, answered: int, path: Path, re
 # --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-group"
+file_lock = threading.Lock()
 EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
 0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
 GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
@@ -613,7 +610,7 @@ GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
 def append_rows(path: Path, records: Records) -> None:
     """Append a row for each record, in one write; raise OSError if it does not take them all."""
     rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
-    with path.open("ab", buffering=0) as file:
+    with file_lock, path.open("ab", buffering=0) as file:
         written = file.write(rows)
         if written < len(rows):  # the next row must not be glued to half a row
             file.truncate(file.tell() - written)
@@ -679,6 +676,8 @@ def check_configuration() -> None:
         if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
             names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
             raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"NUM_REQUESTS and MAX_... must be whole numbers, not {counts}")
     if NUM_REQUESTS > 50:
         raise ValueError("NUM_REQUESTS: a group holds 50; async_polling_example.py takes more")
     questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
@@ -732,7 +731,8 @@ def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str
     finally:
         deadline = time.monotonic() + GRACE_SECONDS
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            thread.join(max(0, deadline - time.monotonic()))
+            with suppress(RuntimeError):  # Ctrl-C came before it had started
+                thread.join(max(0, deadline - time.monotonic()))
     seconds = time.monotonic() - started
     answered = sum(each.outcome == SUCCESS for each in asked) - answered
     say(f"\n{RULE}\n GROUP GENERATION SUMMARY\n{RULE}")

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -113,10 +113,9 @@ def fetch_generation(session: Session, generation_id: str, timeout_seconds: floa
     GET /v1/generation/{id}. Raises ApiError; just after the submission, a 404 is normal.
     """
     generation = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
-    if generation.get("id") not in (None, generation_id):
-        raise Uncertain(f"the answer is another generation: {generation['id']!r}")
-    if not isinstance(generation.get("state"), str):
-        raise Uncertain("the answer has no state")
+    is_other = generation.get("id") not in (None, generation_id)
+    if is_other or not isinstance(generation.get("state"), str):
+        raise Uncertain(f"the answer is not the state of {generation_id}: {generation}")
     return generation
 
 
@@ -125,9 +124,8 @@ def exchange(
 ) -> Json:
     """Make one HTTP request, and return the JSON object that the API answers.
 
-    timeout_seconds limits connecting and each wait for data; an answer that still drips after
-    twice that is given up. Raises ApiError, or, before anything is sent, ValueError if
-    INFERENCE_API_KEY or INFERENCE_BASE_URL cannot be used, and TypeError if body is not JSON.
+    timeout_seconds limits connecting and each wait for data; a dripping answer is given up after
+    twice that. Raises ApiError, or, before anything is sent, ValueError (api_key, base_url, body).
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -164,13 +162,10 @@ def exchange(
         session.close()
     if not 200 <= response.status_code < 300:
         raise status_error(response, content.decode(errors="replace"), method)
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
-    return answer
+    with suppress(ValueError, RecursionError):
+        if isinstance(answer := json.loads(content), dict):
+            return answer
+    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
 
 
 def api_key() -> str:
@@ -196,18 +191,17 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
     status, retry_after_seconds = response.status_code, 0.0
     with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
         text = str(json.loads(text)["error"]["message"])
-    text = re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason
-    reason = f"HTTP {status}: {text}"
+    reason = f"HTTP {status}: " + (re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason)
     with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
     if status in (401, 403):
         return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-    is_too_long = retry_after_seconds > MAX_RETRY_AFTER_SECONDS
-    if method == "POST" and (status == 402 or (status == 429 and is_too_long)):
+    if method == "POST" and status == 402:
         return LockedOut(reason)
     if status == 429:
-        return NotAccepted(reason, retry_after_seconds)
+        is_too_long = method == "POST" and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
+        return (LockedOut if is_too_long else NotAccepted)(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
@@ -260,7 +254,8 @@ def copy_generation(generation: Json, record: Record) -> None:
     with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
         times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
         dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
-        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+        if finished >= dispatched:
+            record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
 
 
 def dig(value: Any, kind: type, *path: str | int) -> Any:
@@ -295,9 +290,8 @@ def submit_all(
 
     Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
     the record before and after each attempt. tick is called every TICK_SECONDS while waiting.
-    What ends the submitting early is raised after the last record: LockedOut, NotAccepted (the
-    API is down, or has no room), an exception from save; TimeoutError, at once, if a worker is
-    stuck.
+    Raises TimeoutError if a worker is stuck, and, after the last record, what ended the submitting
+    early: LockedOut, NotAccepted (the API is down, or has no room) or an exception from save.
     """
     stop = threading.Event()
     failure: BaseException | None = None
@@ -322,7 +316,7 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
     try:
         for attempt in range(MAX_SUBMIT_ATTEMPTS):
             backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-            if not wait_to_send(backoff_seconds, stop) or record.outcome != NOT_SENT:
+            if record.outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
                 return
             # What cannot be saved is not sent: the record itself changes only after that.
             save([replace(record, state=SUBMITTING, error=None)])
@@ -341,11 +335,8 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
                 hold_back(error.retry_after_seconds)
                 if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                     raise
-            except LockedOut as error:
+            except (LockedOut, ValueError, TypeError) as error:
                 record.state, record.error = NOT_SENT, str(error)
-                raise
-            except (ValueError, TypeError):  # exchange has sent nothing
-                record.state = NOT_SENT
                 raise
             finally:
                 save([record])
@@ -355,21 +346,24 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
 
 
 def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) -> Iterator[Record]:
-    """Poll each generation every POLL_INTERVAL_SECONDS; yield the records that become final.
+    """Poll pending records every POLL_INTERVAL_SECONDS; yield those that have become final.
 
     Iterating and tick are as in submit_all; save gets a record when it is final. After
-    MAX_POLL_ATTEMPTS polls a record stays pending, with the last failure as its error. Raises
-    LockedOut, an exception from save, or TimeoutError if workers are stuck.
+    MAX_POLL_ATTEMPTS polls a record stays pending. Raises LockedOut, an exception from save, or
+    TimeoutError if workers are stuck.
     """
     stop = threading.Event()
-    # When each poll is due, its attempt, its record: always in order, as the interval is the same.
-    waiting = deque((0.0, 1, record) for record in records)
+    # (when it is due, which attempt, record): in order of time, as all have the same interval
+    waiting = deque((0.0, 1, record) for record in records if record.outcome == PENDING)
     polled: dict[Future[None], tuple[int, Record]] = {}
     done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-    last_event = 0.0
+    tick_at = 0.0
     try:
         while waiting or polled:
             now = time.monotonic()
+            if now >= tick_at:
+                tick()
+                tick_at = now + TICK_SECONDS
             while waiting and waiting[0][0] <= now:
                 _, attempt, record = waiting.popleft()
                 future = pool.submit(poll, record, save, stop)
@@ -382,7 +376,6 @@ def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) 
             except queue.Empty:
                 if not waiting:
                     check_stall(last_event)
-                tick()
                 continue
             last_event = time.monotonic()
             attempt, record = polled.pop(future)
@@ -411,13 +404,15 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
         if isinstance(error, LockedOut):
             raise
         return
+    final = replace(record)
+    copy_generation(generation, final)
+    if final.outcome != PENDING:
+        save([final])  # if this fails, the record stays pending
     copy_generation(generation, record)
-    if record.outcome != PENDING:
-        save([record])
 
 
 def hold_back(seconds: float) -> None:
-    """Let no worker send before that many seconds: Retry-After is for the whole account."""
+    """Let no worker send for that many seconds: Retry-After is for the whole account."""
     global held_until
     with hold_lock:
         held_until = max(held_until, time.monotonic() + seconds)
@@ -457,7 +452,7 @@ def fit(text: str, columns: int, at_word: bool = False) -> str:
     """Make untrusted text printable, and cut or fill it to exactly so many columns."""
     text = "".join(each if each.isprintable() else " " for each in text[:2000].strip())
     if width(text) > columns:
-        kept = text[: columns - 3]
+        kept = text[: 3 * columns]
         while width(kept) > columns - 3:
             kept = kept[:-1]
         if at_word and text[len(kept)] != " " and " " in kept[columns // 2 :]:
@@ -487,19 +482,19 @@ def show_section(title: str) -> None:
 
 def show_waiting(records: Records, since: float) -> None:
     """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
-    counts = Counter(record.outcome for record in records)
-    running = sum(record.state == IN_PROGRESS for record in records)
-    text = f"{running} running, {counts[PENDING] - running} queued"
-    if counts[NOT_SENT]:
-        text = f"{len(records) - counts[NOT_SENT]}/{len(records)} submitted"
-    troubles = (each.error for each in records if each.outcome in (PENDING, NOT_SENT))
+    pending = [record for record in records if record.outcome == PENDING]
+    running = sum(record.state == IN_PROGRESS for record in pending)
+    text = f"{running} running, {len(pending) - running} queued"
+    unsent = [record for record in records if record.state in (NOT_SENT, SUBMITTING)]
+    if unsent:
+        text = f"{len(records) - len(unsent)}/{len(records)} submitted"
     elapsed = timedelta(seconds=int(time.monotonic() - since))
-    text = f"⏳ {text}, {elapsed} {next(filter(None, troubles), '')}"
+    trouble = next((each.error for each in (*unsent, *pending) if each.error), "")
     if sys.stdout and sys.stdout.isatty():
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        say("  " + fit(text, columns - 4).rstrip(), is_live=True)
+        columns = max(os.get_terminal_size(sys.stdout.fileno()).columns or 80, 20)
+        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4).rstrip(), is_live=True)
     elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(text, 200).rstrip())
+        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", 200).rstrip())
 
 
 def show_submission(record: Record) -> None:
@@ -592,6 +587,7 @@ def show_summary(records: Records, seconds: float, answered: int, path: Path, re
 # --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-polling"
+file_lock = threading.Lock()
 EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
 0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
 GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
@@ -600,7 +596,7 @@ GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
 def append_rows(path: Path, records: Records) -> None:
     """Append a row for each record, in one write; raise OSError if it does not take them all."""
     rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
-    with path.open("ab", buffering=0) as file:
+    with file_lock, path.open("ab", buffering=0) as file:
         written = file.write(rows)
         if written < len(rows):  # the next row must not be glued to half a row
             file.truncate(file.tell() - written)
@@ -666,6 +662,8 @@ def check_configuration() -> None:
         if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
             names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
             raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"NUM_REQUESTS and MAX_... must be whole numbers, not {counts}")
     questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
     if not questions or not all(isinstance(each, str) and each.strip() for each in questions):
         raise ValueError("SAMPLE_QUESTIONS must be a list of questions, none of them blank")
@@ -714,7 +712,8 @@ def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str
     finally:
         deadline = time.monotonic() + GRACE_SECONDS
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            thread.join(max(0, deadline - time.monotonic()))
+            with suppress(RuntimeError):  # Ctrl-C came before it had started
+                thread.join(max(0, deadline - time.monotonic()))
     seconds = time.monotonic() - started
     answered = sum(each.outcome == SUCCESS for each in records) - answered
     say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")

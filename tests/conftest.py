@@ -47,6 +47,11 @@ class Run:
         return {row["custom_id"]: row for row in self.rows if row["custom_id"]}
 
     @property
+    def sent(self) -> int:
+        """How many attempts to submit something were recorded before they were made."""
+        return sum(row["state"] == "Submitting" for row in self.rows)
+
+    @property
     def states(self) -> dict[str, str]:
         """The last state of each custom id."""
         return {custom_id: row["state"] for custom_id, row in self.final.items()}
@@ -64,6 +69,11 @@ class Example:
         self.edit(NUM_REQUESTS=4, POLL_INTERVAL_SECONDS=0.05, MAX_POLL_ATTEMPTS=40)
         self.edit(REQUEST_TIMEOUT_SECONDS=1)
 
+    @property
+    def submissions(self) -> int:
+        """How many submissions have reached the API."""
+        return sum(method == "POST" for method, _ in self.api.exchanges)
+
     def edit(self, **constants: Any) -> None:
         """Edit constants as a user does: the line at the top of the script."""
         path = self.folder / self.script
@@ -74,6 +84,13 @@ class Example:
             )
             assert count == 1, name
         path.write_text(text, "utf-8")
+
+    def replace(self, old: str, new: str) -> None:
+        """Edit a line further down, as a user does: old occurs once, and becomes new."""
+        path = self.folder / self.script
+        text = path.read_text("utf-8")
+        assert text.count(old) == 1, old
+        path.write_text(text.replace(old, new), "utf-8")
 
     def start(
         self, *arguments: str, file_limit: int | None = None, **options: Any

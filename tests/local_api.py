@@ -20,6 +20,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import ssl
@@ -52,11 +53,6 @@ ANSWERS = {
     "How many days are in a leap year?": "A leap year has 366 days.",
     "What do bees make?": "Bees make honey.",
     "What is the opposite of hot?": "The opposite of hot is cold.",
-    "Which language is spoken in Brazil?": "Portuguese is spoken in Brazil.",
-    "How many sides does a hexagon have?": "A hexagon has six sides.",
-    "At how many degrees Celsius does water freeze?": "Water freezes at 0 degrees Celsius.",
-    "Who wrote Romeo and Juliet?": "William Shakespeare wrote Romeo and Juliet.",
-    "Which metal is liquid at room temperature?": "Mercury is liquid at room temperature.",
 }
 CHAT_KEYS = {
     *("model", "messages", "max_tokens", "metadata", "temperature", "top_p", "n", "stop", "seed"),
@@ -366,6 +362,24 @@ async def cut(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     return await close(request, proceed)
 
 
+async def cut_redirect(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+    """Begin a redirect, and close the connection half way."""
+    headers = {"Location": "/v1/elsewhere", "Content-Length": "1000"}
+    answer = web.StreamResponse(status=307, headers=headers)
+    await answer.prepare(request)
+    await answer.write(b"moved")
+    return await close(request, proceed)
+
+
+async def hint(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+    """Answer with 103 Early Hints, and properly when the next request may have been sent."""
+    assert isinstance(request.transport, asyncio.Transport)
+    answer = await proceed()
+    request.transport.write(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n")
+    await asyncio.sleep(0.3)
+    return answer
+
+
 async def stall(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     """Take the request, and never answer."""
     await asyncio.Event().wait()
@@ -381,6 +395,15 @@ async def drip(request: web.Request, proceed: Proceed) -> web.StreamResponse:
         await asyncio.sleep(0.1)
 
 
+async def drip_with_length(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+    """Answer a space at a time, and announce how many there will be."""
+    answer = web.StreamResponse(headers={"Content-Length": "100000"})
+    await answer.prepare(request)
+    while True:
+        await answer.write(b" ")
+        await asyncio.sleep(0.1)
+
+
 async def drip_header(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     """Begin a header, and go on with it a letter at a time."""
     assert isinstance(request.transport, asyncio.Transport)
@@ -389,6 +412,18 @@ async def drip_header(request: web.Request, proceed: Proceed) -> web.StreamRespo
         request.transport.write(b"x")
         await asyncio.sleep(0.1)
     raise AssertionError
+
+
+async def answer_slowly(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+    """Answer properly, with a header that takes 2.5 s, a letter at a time."""
+    assert isinstance(request.transport, asyncio.Transport)
+    content = (await proceed()).body  # type: ignore[attr-defined]
+    request.transport.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    for _ in range(25):
+        request.transport.write(b"x")
+        await asyncio.sleep(0.1)
+    request.transport.write(b"\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
+    return await close(request, proceed)
 
 
 async def garble(request: web.Request, proceed: Proceed) -> web.StreamResponse:
@@ -406,11 +441,12 @@ class Flaky:
 
     def __call__(self, request: web.Request, body: Json) -> Fault | None:
         """Choose a fault, or none; a submission that has met two is left in peace."""
-        busy = [status(429, "slow down", Retry_After="1"), status(503, "busy", Retry_After="1")]
+        slow_down = status(429, "slow down", Retry_After="1")
         if request.method == "GET":
-            return random.choice([None, None, None, *busy, reset, cut, status(500)])
+            busy = status(503, "busy", Retry_After="1")
+            return random.choice([None, None, None, slow_down, busy, reset, cut, status(500)])
         self.tries[json.dumps(body)] += 1
-        return random.choice([None, *busy]) if self.tries[json.dumps(body)] <= 2 else None
+        return random.choice([None, slow_down]) if self.tries[json.dumps(body)] <= 2 else None
 
 
 # The command line
@@ -435,6 +471,9 @@ def main() -> int:
     parser.add_argument("--flaky", action="store_true", help="answer badly, a fair share of times")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run against it")
     options = parser.parse_args()
+    name = options.command[0] if options.command else None
+    if name and not name.endswith(".py") and not shutil.which(name):
+        parser.exit(127, f"{parser.prog}: command not found: {name}\n")
     with LocalApi() as api:
         if options.flaky:
             api.choose_fault = Flaky()

@@ -1,20 +1,19 @@
 """What the API answers, however odd, and which question it is the answer to."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import random
+import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GROUP, SCRIPTS, TOP, Example
+from conftest import GROUP, SCRIPTS, SINGLE, TOP, Example
 from hypothesis import given
 from hypothesis import strategies as st
-from local_api import ANSWERS, Json
+from local_api import ANSWERS, Json, LocalApi, status
 
 
 def load(script: str) -> types.ModuleType:
@@ -94,7 +93,7 @@ PATHS: list[tuple[str | int, ...]] = [
 def test_no_odd_field_spoils_a_success(module: types.ModuleType, path: Any) -> None:
     for value in [ABSENT, *ODD]:
         record = module.Record("req-001", "Where?")
-        module.apply(record, alter(path, value))
+        module.copy_generation(alter(path, value), record)
         assert record.state == "Success"
         spoils_text = path[0] == "response" and "usage" not in path and path[-1] != "finish_reason"
         if not spoils_text:
@@ -107,21 +106,21 @@ def test_no_odd_field_spoils_a_success(module: types.ModuleType, path: Any) -> N
     ("content", "text"),
     [
         ("Paris", "Paris"),
-        ("", None),
+        ("", ""),
         (None, None),
-        (["Pa", "ris"], "Paris"),
-        ([{"type": "text", "text": "Pa"}, {"type": "image"}, {"text": "ris"}], "Paris"),
-        ({"type": "text", "text": "Paris"}, "Paris"),
-        (["Paris", None, 3], "Paris"),
-        (["Paris", {"text": None}], "Paris"),
-        (7, None),
+        (["Pa", "ris"], '["Pa", "ris"]'),
+        ([{"type": "text", "text": "Paris"}], '[{"type": "text", "text": "Paris"}]'),
+        ({"text": None}, '{"text": null}'),
+        ([], "[]"),
+        (7, "7"),
+        (False, "false"),
         (" \n", " \n"),
         ("é 東京 \ud800 \x1b", "é 東京 \ud800 \x1b"),
     ],
 )
 def test_the_text_of_an_answer(module: types.ModuleType, content: Any, text: str | None) -> None:
     record = module.Record("req-001", "Where?")
-    module.apply(record, generation(content))
+    module.copy_generation(generation(content), record)
     assert record.response == text
 
 
@@ -137,6 +136,7 @@ def test_the_text_of_an_answer(module: types.ModuleType, content: Any, text: str
         ("2026-01-02T03:04:05+00:00", "2026-01-02T05:04:06+02:00", 1000),
         ("2026-01-02T03:04:05", "2026-01-02T03:04:06Z", 1000),
         ("2026-01-02T03:04:05", "2026-01-02T03:04:06.5", 1500),
+        ("2026-01-02T03:04:05", "2026-01-02T03:04:06+00:00", None),
         ("2026-01-02 03:04:05Z", "2026-01-02 03:04:06Z", 1000),
         ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z", 0),
         ("2026-01-02T03:04:06Z", "2026-01-02T03:04:05Z", None),
@@ -152,7 +152,7 @@ def test_generation_time(
     module: types.ModuleType, dispatched: Any, finished: Any, milliseconds: float | None
 ) -> None:
     record = module.Record("req-001", "Where?")
-    module.apply(record, generation(dispatchedAt=dispatched, finishedAt=finished))
+    module.copy_generation(generation(dispatchedAt=dispatched, finishedAt=finished), record)
     assert record.duration_ms == milliseconds
 
 
@@ -160,7 +160,7 @@ def test_generation_time(
 @pytest.mark.parametrize("message", [None, "", 5, {}, [], "out of memory"])
 def test_a_failure_has_a_reason(module: types.ModuleType, message: Any) -> None:
     record = module.Record("req-001", "Where?")
-    module.apply(record, generation(state="Failed", stateMessage=message, response=None))
+    module.copy_generation(generation(state="Failed", stateMessage=message, response=None), record)
     assert record.state == "Failed"
     assert record.error == ("out of memory" if message == "out of memory" else "no reason given")
 
@@ -172,6 +172,7 @@ keys = st.sampled_from(
         *("prompt_tokens", "request", "metadata", "custom_id", "dispatchedAt", "stateMessage"),
     ]
 )
+states = st.sampled_from(["Queued", "Success", "Failed", "?"])
 likely = st.recursive(
     scalars,
     lambda inner: st.dictionaries(keys, inner, max_size=3) | st.lists(inner, max_size=2),
@@ -180,26 +181,39 @@ likely = st.recursive(
 
 
 @both
-@given(
-    st.dictionaries(keys, likely, max_size=5), st.sampled_from(["Queued", "Success", "Failed", "?"])
-)
+@given(st.dictionaries(keys, likely, max_size=5), states)
 def test_any_generation_can_be_read(module: types.ModuleType, answer: Json, state: str) -> None:
     record = module.Record("req-001", "Where?")
-    module.apply(record, answer | {"state": state})
+    module.copy_generation(answer | {"state": state}, record)
     row = json.loads(json.dumps(vars(record)), parse_constant=pytest.fail)
     assert row["custom_id"] == "req-001"
     assert row["state"] == state
 
 
-@given(st.lists(likely, max_size=6))
+@given(
+    st.lists(
+        likely
+        | st.builds(
+            lambda custom_id, state, answer: (
+                answer | {"state": state, "request": {"metadata": {"custom_id": custom_id}}}
+            ),
+            st.sampled_from(["req-1", "req-2", "req-3", None]),
+            states,
+            st.dictionaries(keys, likely, max_size=3),
+        ),
+        max_size=6,
+    )
+)
 def test_any_list_of_generations_can_be_matched(answers: list[Any]) -> None:
     module = MODULES[GROUP]
-    batch = [module.Record(f"req-{number}", "?", group_id="g", state="Queued") for number in "12"]
-    strays: list[Any] = []
+    names = ["req-1", "req-2"]
+    records = [module.Record(name, "?", group_id="g", state="Queued") for name in names]
     for answer in answers:
-        module.take(answer, batch, strays)
-    assert [record.custom_id for record in batch] == ["req-1", "req-2"]
-    assert all(stray.custom_id is None for stray in strays)
+        final = module.match(answer, records)
+        assert final is None or final in records
+        assert final is None or final.outcome in ("Success", "Failed")
+    assert [record.custom_id for record in records[:2]] == names
+    assert all(stray.custom_id is None for stray in records[2:])
 
 
 @both
@@ -209,31 +223,27 @@ def test_no_other_file_is_taken_for_results(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"any-{module.__name__}.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"which .* is not"):
-        module.read_results(path)
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    assert module.read_results(path) == ([], lines)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        module.earlier_run(str(path), False)
+    assert path.read_bytes() == content
 
 
 @both
-@given(data=st.data())
-def test_rows_of_odd_values_are_refused_or_can_be_shown(
-    module: types.ModuleType, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+@given(values=st.lists(likely | st.binary(max_size=20).map(lambda data: data.replace(b"\n", b""))))
+def test_lines_that_are_no_rows_hide_none_that_are(
+    module: types.ModuleType, tmp_path_factory: pytest.TempPathFactory, values: list[Any]
 ) -> None:
-    row = vars(module.Record("req-001", "Where?", state="Success", response="Paris"))
-    odd = data.draw(st.dictionaries(st.sampled_from(list(row)), scalars, max_size=3))
+    odd = [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
+    odd += [b"9" * 5000, b"[" * 100_000, b'{"custom_id": "req-001"}', b'{"custom_id": "req-0']
+    records = [module.Record(f"req-{n}", "Where?", state="Success") for n in range(len(odd))]
     path = tmp_path_factory.getbasetemp() / f"odd-{module.__name__}.jsonl"
-    path.write_text(json.dumps(row) + "\n" + json.dumps(row | odd) + "\n")
-    refusal = ""
-    try:
-        records, _ = module.read_results(path)
-    except ValueError as error:
-        refusal = str(error)
-    if refusal:
-        assert "needs a results file of this script" in refusal
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        module.show_figures(records, 1.0, 1)
-        module.show_table(records, "name")
-        module.show_ending(records, "name", "command", "")
+    path.write_bytes(b"")
+    for record, line in zip(records, odd, strict=True):
+        module.append_rows(path, [record])
+        path.write_bytes(path.read_bytes() + line + b"\n\n")
+    assert module.read_results(path) == (records, [line for line in odd if line.strip()])
 
 
 @both
@@ -258,11 +268,10 @@ def test_what_is_saved_is_read_back(
     path = tmp_path_factory.getbasetemp() / f"saved-{module.__name__}.jsonl"
     path.unlink(missing_ok=True)
     torn = data.draw(st.binary(max_size=50)).replace(b"\n", b"")
-    with module.io.FileIO(path, "xb") as results:
-        module.save(results, records)
-        size = results.tell()
-        results.write(torn)
-    assert module.read_results(path) == (records, size if torn else None)
+    module.append_rows(path, [module.Record(record.custom_id, "?") for record in records])
+    module.append_rows(path, records)
+    path.write_bytes(path.read_bytes() + torn)
+    assert module.read_results(path) == (records, [torn] if torn.strip() else [])
 
 
 @both
@@ -279,20 +288,27 @@ def test_resuming_takes_nothing_from_a_run_that_is_still_at_work(
         return found
 
     monkeypatch.setattr(module, "read_results", read_while_it_grows)
-    module.earlier_run(str(path))
+    module.earlier_run(str(path), False)
     assert path.read_text() == row + row
 
 
 # Matching, in whole runs
 
 
-def test_a_generation_of_another_request_is_not_taken(single: Example) -> None:
-    def swap(shown: Json) -> Json:
-        if shown["request"]["metadata"]["custom_id"] == "req-002":
-            return shown | {"request": {"metadata": {"custom_id": "req-003"}}}
-        return shown
-
-    single.api.alter = swap
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"request": {"metadata": {"custom_id": "req-003"}}}, "another request: 'req-003'"),
+        ({"id": "another"}, "not the state of"),
+        ({"id": 7}, "not the state of"),
+    ],
+)
+def test_a_generation_of_another_request_is_not_taken(
+    single: Example, change: Json, error: str
+) -> None:
+    single.api.alter = lambda shown: (
+        shown | change if shown["request"]["metadata"]["custom_id"] == "req-002" else shown
+    )
     single.edit(MAX_POLL_ATTEMPTS=2)
     run = single.run()
     assert run.code == 1
@@ -302,6 +318,15 @@ def test_a_generation_of_another_request_is_not_taken(single: Example) -> None:
         "req-003": "Success",
         "req-004": "Success",
     }
+    assert error in run.stdout
+
+
+def test_a_generation_without_an_id_is_taken(single: Example) -> None:
+    single.api.alter = lambda shown: shown | {"id": None}
+    run = single.run()
+    assert run.code == 0
+    for row in run.final.values():
+        assert single.api.generations[row["generation_id"]].custom_id == row["custom_id"]
 
 
 @pytest.mark.parametrize("echo", [None, {}, {"metadata": None}, {"metadata": {"custom_id": ""}}, 5])
@@ -311,12 +336,13 @@ def test_a_generation_that_echoes_nothing_is_matched_by_its_id(single: Example, 
 
 
 def test_answers_in_any_order_find_their_questions(example: Example) -> None:
-    example.edit(NUM_REQUESTS=15)
+    example.edit(NUM_REQUESTS=10)
     example.api.seconds = (0, 0.5)
     run = example.run()
     assert run.code == 0
     module = MODULES[example.script]
     assert [row["question"] for row in run.final.values()] == module.SAMPLE_QUESTIONS
+    assert list(ANSWERS) == module.SAMPLE_QUESTIONS
     for row in run.final.values():
         assert row["response"] == ANSWERS[row["question"]]
 
@@ -429,4 +455,56 @@ def test_failed_generations_are_told_with_their_reasons(example: Example) -> Non
     assert "75.0%" in run.stdout
     assert "req-003    ✗ Failed   Name one planet in our so...   out of memory" in run.stdout
     assert run.final["req-003"]["error"] == "out of memory"
-    assert "Generation complete!" in run.stdout
+    assert "Not complete: 1 failed" in run.stdout
+    assert "Generation complete!" not in run.stdout
+
+
+# The API part, called as copied code calls it
+
+
+SUBMIT = {SINGLE: "submit_generation", GROUP: "submit_group"}
+
+
+@both
+def test_a_missing_key_is_a_plain_error(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, api: LocalApi
+) -> None:
+    monkeypatch.setenv("INFERENCE_BASE_URL", api.url)
+    monkeypatch.delenv("INFERENCE_API_KEY")
+    submit = getattr(module, SUBMIT[f"{module.__name__}.py"])
+    with pytest.raises(ValueError, match=r"^set INFERENCE_API_KEY to your key") as error:
+        submit(module.Session(), {}, 1)
+    assert error.value.__context__ is None
+    assert not api.exchanges
+
+
+@both
+@pytest.mark.parametrize("body", [{}, [], {"model": ""}])
+def test_a_submission_is_a_post_whatever_its_body(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, api: LocalApi, body: Any
+) -> None:
+    for name, value in api.environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(module.Refused, match=r"^HTTP 400: "):
+        getattr(module, SUBMIT[f"{module.__name__}.py"])(module.Session(), body, 1)
+    assert [method for method, _ in api.exchanges] == ["POST"]
+
+
+@both
+@pytest.mark.parametrize(
+    ("given_seconds", "seconds"), [("7", 7), ("120", 120), ("121", 120), ("9" * 30, 120)]
+)
+def test_a_retry_after_is_obeyed_up_to_two_minutes(
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    api: LocalApi,
+    given_seconds: str,
+    seconds: float,
+) -> None:
+    for name, value in api.environment.items():
+        monkeypatch.setenv(name, value)
+    api.choose_fault = lambda request, sent: status(429, Retry_After=given_seconds)
+    fetch = module.fetch_group if module is MODULES[GROUP] else module.fetch_generation
+    with pytest.raises(module.NotAccepted, match="Retry-After") as error:
+        fetch(module.Session(), "abc", 1)
+    assert error.value.retry_after_seconds == seconds

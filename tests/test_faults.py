@@ -4,13 +4,33 @@ Every run is checked for more than its row says: it ends, shows no traceback and
 a results file of which every line is JSON, and has nothing made, and paid for, twice.
 """
 
+import asyncio
+import json
+import re
 import time
+import types
 from collections import Counter
 
 import local_api
 import pytest
-from conftest import API_KEY, Example, faulty, in_turn, one_each
-from local_api import after, body, close, cut, drip, drip_header, garble, reset, stall, status
+from conftest import API_KEY, SINGLE, Example, Run, faulty, in_turn, one_each
+from local_api import (
+    Flaky,
+    after,
+    answer_slowly,
+    body,
+    close,
+    cut,
+    cut_redirect,
+    drip,
+    drip_header,
+    drip_with_length,
+    garble,
+    hint,
+    reset,
+    stall,
+    status,
+)
 
 DEEP = b'{"response": ' + b"[" * 1000 + b"]" * 1000 + b"}"  # which a newer Python can read
 DEEPER = b"[" * 100_000
@@ -20,6 +40,7 @@ NO_ANSWER = {
     "500": status(500),
     "502 with HTML": body(b"<html><h1>Bad Gateway</h1></html>", "text/html", 502),
     "503 with no Retry-After": status(503),
+    "503 with Retry-After": status(503, Retry_After="1"),
     "503 with a nonsense Retry-After": status(503, Retry_After="soon"),
     "599": status(599),
     "reset": reset,
@@ -27,6 +48,9 @@ NO_ANSWER = {
     "cut": cut,
     "garbled": garble,
     "stalled": stall,
+    "dripping": drip,
+    "dripping with Content-Length": drip_with_length,
+    "103 and then an answer": hint,
     "200 with HTML": body(b"<html>Please log in</html>", "text/html"),
     "200 with nothing": body(b""),
     "200 with a list": body(b"[]"),
@@ -44,6 +68,8 @@ NO_ANSWER = {
 }
 REFUSALS = {
     "302 to another host": status(302, Location="http://127.0.0.1:1/elsewhere"),
+    "304": status(304),
+    "307 that is cut": cut_redirect,
     "400": status(400, "max_tokens is too large"),
     "404": status(404, "no such thing"),
     "409": status(409),
@@ -56,7 +82,6 @@ BUSY = {
     "429 with a nonsense Retry-After": status(429, Retry_After="99999999 eggs"),
     "429 with a negative Retry-After": status(429, Retry_After="-5"),
     "429 with an impossible date": status(429, Retry_After="Wed, 99 Oct 99999 07:28:00 GMT"),
-    "503 with Retry-After": status(503, Retry_After="1"),
 }
 POLL_FAULTS = (
     NO_ANSWER
@@ -64,8 +89,6 @@ POLL_FAULTS = (
     | BUSY
     | {
         "402": status(402),
-        "dripping": drip,
-        "dripping in a header": drip_header,
         "200 nested a thousand deep": body(DEEP),
         "200 with a state that is null": body(b'{"state": null, "generations": null}'),
         "200 with a state nobody knows": body(b'{"state": "Paused", "generations": []}'),
@@ -83,6 +106,17 @@ LOCK_OUTS = {
 def cases(table: dict[str, local_api.Fault]) -> list[object]:
     """Make a row of a table a case of its own."""
     return [pytest.param(fault, id=name) for name, fault in table.items()]
+
+
+def check_resume_command(run: Run, *arguments: str) -> None:
+    """Check that the command which goes on with this run is shown."""
+    ending = "".join(f" {argument}" for argument in arguments)
+    assert re.search(rf"--resume \S*{re.escape(run.results.name)}{ending}$", run.stdout, re.M)
+
+
+def mend(example: Example) -> None:
+    """Let the API answer properly from now on."""
+    example.api.choose_fault = lambda request, sent: None
 
 
 def test_a_poll_that_fails_is_made_again(single: Example) -> None:
@@ -113,11 +147,11 @@ def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> No
     assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
     assert "Failed:         0" in run.stdout
-    assert f"Unfinished:  {len(faults):>4}" in run.stdout
-    assert f"--resume results/{run.results.name}" in run.stdout
-    for reason in ("HTTP 500: out of order", "HTTP 502: Bad Gateway", "Timeout", "no state"):
+    assert f"Pending:     {len(faults):>4}" in run.stdout
+    check_resume_command(run)
+    for reason in ("HTTP 500: out of order", "HTTP 502: Bad Gateway", "Timeout", "not the state of"):
         assert reason in run.stdout
-    single.api.choose_fault = lambda request, sent: None
+    mend(single)
     resumed = single.run("--resume")
     assert resumed.code == 0, resumed.stdout
     assert set(resumed.states.values()) == {"Success"}
@@ -133,8 +167,8 @@ def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(
     run = group.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
-    assert "Not complete: 4 unfinished" in run.stdout
-    assert f"--resume results/{run.results.name}" in run.stdout
+    assert "Not complete: 4 pending" in run.stdout
+    check_resume_command(run)
 
 
 @pytest.mark.parametrize("fault", cases(LOCK_OUTS))
@@ -143,38 +177,40 @@ def test_a_lock_out_ends_polling_at_once(example: Example, fault: local_api.Faul
     example.api.choose_fault = faulty(fault, polls=True)
     run = example.run()
     assert run.code == 1
-    assert "Stopped: HTTP 40" in run.stdout
-    assert "Unfinished:     4" in run.stdout
-    polls = [method for method, _ in example.api.exchanges if method == "GET"]
-    assert len(polls) <= 5
-    example.api.choose_fault = lambda request, sent: None
+    assert "HTTP 40" in run.stdout
+    assert "INFERENCE_API_KEY" in run.stdout
+    assert "Pending:        4" in run.stdout
+    assert len(example.api.exchanges) - example.submissions <= 5
+    mend(example)
     assert example.run("--resume").code == 0
 
 
-UNCERTAIN = NO_ANSWER | {"dripping": drip, "dripping in a header": drip_header}
+def lost(fault: local_api.Fault) -> local_api.Fault:
+    """Have the work done, and its answer lost in this way."""
+    return fault if fault is hint else after(fault)  # hint has the work done already
 
 
 @pytest.mark.parametrize("is_accepted", [True, False], ids=["accepted", "not accepted"])
 def test_no_submission_that_may_be_accepted_is_sent_again(
     single: Example, is_accepted: bool
 ) -> None:
-    faults = [after(fault) if is_accepted else fault for fault in UNCERTAIN.values()]
+    faults = [lost(fault) if is_accepted else fault for fault in NO_ANSWER.values()]
     single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20)
     single.api.choose_fault = one_each(single.api, faults, polls=False)
     run = single.run()
-    states = dict(zip(UNCERTAIN, run.states.values(), strict=True))
-    assert states == dict.fromkeys(UNCERTAIN, "Unknown")
+    states = dict(zip(NO_ANSWER, run.states.values(), strict=True))
+    assert states == dict.fromkeys(NO_ANSWER, "Unknown")
     assert run.code == 1
     assert f"Unknown:     {len(faults):>4}" in run.stdout
     assert "dashboard" in run.stdout
     assert len(single.api.exchanges) == len(faults)
 
 
-@pytest.mark.parametrize("fault", cases(UNCERTAIN))
+@pytest.mark.parametrize("fault", cases(NO_ANSWER))
 def test_a_group_that_may_be_accepted_is_not_sent_again(
     group: Example, fault: local_api.Fault
 ) -> None:
-    group.api.choose_fault = faulty(after(fault), polls=False)
+    group.api.choose_fault = faulty(lost(fault), polls=False)
     run = group.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Unknown"}
@@ -190,27 +226,58 @@ def test_a_submission_that_surely_was_not_accepted_is_sent_again(
     run = example.run()
     assert run.code == 0, run.stdout
     assert len(example.api.generations) == 4
-    sent = Counter(method for method, _ in example.api.exchanges)["POST"]
-    assert sent == (12 if example.script.startswith("async_polling") else 3)
+    assert example.submissions == (12 if example.script == SINGLE else 3)
+
+
+def check_not_sent(run: Run, reason: str) -> None:
+    """Check that nothing was sent, why, and that the command which sends it is shown."""
+    assert run.code == 1
+    assert set(run.states.values()) == {"Not sent"}
+    assert reason in run.final["req-001"]["error"]
+    assert f"Not sent:    {len(run.states):>4}" in run.stdout
+    assert f"Not complete: {len(run.states)} not sent" in run.stdout
+    check_resume_command(run, "--submit")
+
+
+def check_sent_later(example: Example, run: Run) -> None:
+    """Check that all that run did not send can be sent once the API answers properly."""
+    mend(example)
+    sent = example.run("--resume", f"results/{run.results.name}", "--submit")
+    assert sent.code == 0, sent.stdout
+    assert set(sent.states.values()) == {"Success"}
+    assert len(example.api.generations) == len(run.states)
 
 
 def test_a_submission_is_tried_five_times_in_all(example: Example) -> None:
     example.edit(NUM_REQUESTS=2)
-    example.api.choose_fault = faulty(status(503, Retry_After="0"), polls=False)
+    example.api.choose_fault = faulty(status(429, "no room", Retry_After="0"), polls=False)
     run = example.run()
-    assert run.code == 1
-    assert run.states == {"req-001": "Failed", "req-002": "Failed"}
-    assert len(example.api.exchanges) == (10 if example.script.startswith("async_polling") else 5)
+    check_not_sent(run, "HTTP 429: no room")
+    # The others stop where the first one gives up.
+    assert 5 <= len(example.api.exchanges) <= (10 if example.script == SINGLE else 5)
+    check_sent_later(example, run)
+
+
+def test_a_run_ends_soon_where_the_api_is_down(example: Example) -> None:
+    example.edit(NUM_REQUESTS=50, MAX_SUBMIT_ATTEMPTS=2)
+    environment = example.environment
+    example.environment = environment | {"INFERENCE_BASE_URL": "http://127.0.0.1:9/v1"}
+    run = example.run()
+    check_not_sent(run, "ConnectionError at 127.0.0.1:9: ")
+    assert 2 <= run.sent <= (10 if example.script == SINGLE else 100)  # a row for each request
+    example.environment = environment
+    check_sent_later(example, run)
 
 
 @pytest.mark.parametrize("fault", cases(REFUSALS))
 def test_a_refused_submission_fails_alone(example: Example, fault: local_api.Fault) -> None:
     example.api.choose_fault = faulty(fault, polls=False, only="req-002")
     run = example.run()
-    is_single = example.script.startswith("async_polling")
+    is_single = example.script == SINGLE
     assert run.code == 1
     assert run.states["req-002"] == "Failed"
     assert run.final["req-002"]["generation_id"] is None
+    assert example.submissions == (4 if is_single else 1)
     assert Counter(run.states.values()) == (
         {"Failed": 1, "Success": 3} if is_single else {"Failed": 4}
     )
@@ -237,16 +304,15 @@ def test_a_refusal_is_shown_in_the_servers_words(example: Example) -> None:
 )
 def test_a_locked_out_submission_is_the_last(example: Example, fault: local_api.Fault) -> None:
     example.edit(NUM_REQUESTS=20)
-    if example.script.startswith("async_polling"):
+    if example.script == SINGLE:
         example.edit(MAX_CONCURRENT_POLLS=2)
     example.api.choose_fault = faulty(fault, polls=False)
     run = example.run()
-    assert run.code == 1
-    assert "Stopped: HTTP 4" in run.stdout
+    check_not_sent(run, "HTTP 4")
     assert len(example.api.exchanges) <= 2
-    if example.script.startswith("async_polling"):
-        assert Counter(run.states.values()) == {"Failed": 2, "Not sent": 18}
-        assert "Not sent:      18" in run.stdout
+    names_the_key = "INFERENCE_API_KEY" in run.final["req-001"]["error"]
+    assert names_the_key == (fault in LOCK_OUTS.values())
+    check_sent_later(example, run)
 
 
 def test_what_was_accepted_before_a_lock_out_is_polled(single: Example) -> None:
@@ -254,27 +320,108 @@ def test_what_was_accepted_before_a_lock_out_is_polled(single: Example) -> None:
     single.api.choose_fault = faulty(status(402, "no credit"), polls=False, only="req-004")
     run = single.run()
     assert run.code == 1
-    assert Counter(run.states.values()) == {"Success": 3, "Failed": 1, "Not sent": 5}
+    assert Counter(run.states.values()) == {"Success": 3, "Not sent": 6}
+    assert "no credit" in run.final["req-004"]["error"]
+    assert single.submissions == 4
+    check_sent_later(single, run)
 
 
-@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
-def test_a_retry_after_holds_back_every_exchange(single: Example, polls: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "polls", "only", "states"),
+    [
+        pytest.param(429, True, None, {"Success": 4}, id="429 to a poll"),
+        pytest.param(503, True, None, {"Success": 4}, id="503 to a poll"),
+        pytest.param(429, False, "req-001", {"Success": 4}, id="429 to a submission"),
+        pytest.param(503, False, "req-001", {"Unknown": 1, "Success": 3}, id="503 to a submission"),
+        pytest.param(
+            503, False, "req-004", {"Unknown": 1, "Success": 3}, id="503 to the last submission"
+        ),
+    ],
+)
+def test_a_retry_after_holds_back_every_exchange(
+    single: Example, code: int, polls: bool, only: str | None, states: dict[str, int]
+) -> None:
     single.edit(MAX_CONCURRENT_POLLS=1)
-    choose = faulty(status(429, Retry_After="2"), polls=polls, times=1)
+    choose = faulty(status(code, Retry_After="2"), polls=polls, times=1, only=only)
     told: list[float] = []
+    waited: list[float] = []
 
     def choose_once(request: local_api.web.Request, sent: local_api.Json) -> local_api.Fault | None:
-        now = time.monotonic()
-        # Not a limit on how long it takes: nothing at all may come before the time is up.
-        assert not told or now - told[0] >= 2
+        waited.extend(time.monotonic() - at for at in told)
         fault = None if told else choose(request, sent)
-        told.extend([now] if fault else [])
+        told.extend([time.monotonic()] if fault else [])
         return fault
 
     single.api.choose_fault = choose_once
     run = single.run()
+    assert Counter(run.states.values()) == states
+    assert waited
+    # Not a limit on how long it takes: nothing at all may come before the time is up.
+    assert min(waited) >= 2
+
+
+@pytest.mark.parametrize("fault_id", ["gen.abc", 12345, "../x", "", None, ["gen"]])
+def test_an_id_that_can_not_be_polled_is_told(example: Example, fault_id: object) -> None:
+    answer = json.dumps({"id": fault_id, "groupId": fault_id}).encode()
+    example.api.choose_fault = faulty(after(body(answer)), polls=False)
+    run = example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Unknown"}
+    assert repr(fault_id) in run.final["req-001"]["error"]
+    assert repr(fault_id) in run.stdout
+    assert example.submissions == len(example.api.exchanges)
+
+
+def test_no_answer_is_taken_for_the_next_one_after_a_103(single: Example) -> None:
+    single.edit(MAX_CONCURRENT_POLLS=1)
+    single.api.choose_fault = faulty(hint, polls=False, only="req-001")
+    run = single.run()
+    assert Counter(run.states.values()) == {"Unknown": 1, "Success": 3}
+    for custom_id, row in run.final.items():
+        if row["generation_id"]:
+            assert single.api.generations[row["generation_id"]].custom_id == custom_id
+
+
+@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+def test_an_answer_that_comes_late_is_taken(example: Example, polls: bool) -> None:
+    example.api.choose_fault = faulty(answer_slowly, polls=polls, times=1)
+    run = example.run()
     assert run.code == 0, run.stdout
-    assert told
+    assert set(run.states.values()) == {"Success"}
+
+
+@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+def test_a_header_that_drips_for_ever_is_not_waited_for(example: Example, polls: bool) -> None:
+    limit = "limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20"
+    example.replace(limit, "limit_seconds = 2 * REQUEST_TIMEOUT_SECONDS")
+    chosen: list[str] = []
+
+    def choose_one(request: local_api.web.Request, sent: local_api.Json) -> local_api.Fault | None:
+        """Choose what the first request in the first poll or submission concerns, from then on."""
+        if (request.method == "GET") != polls:
+            return None
+        chosen.append(request.path + json.dumps(sent))
+        return after(drip_header) if chosen[-1] == chosen[0] else None
+
+    example.api.choose_fault = choose_one
+    run = example.run()
+    assert run.code == 1
+    stuck, well = ("Queued", "Success") if polls else ("Submitting", "Queued")
+    states = Counter(run.states.values())
+    assert states == ({stuck: 1, well: 3} if example.script == SINGLE else {stuck: 4})
+    mend(example)
+    again = example.run("--resume", f"results/{run.results.name}")
+    assert again.code == (0 if polls else 1)
+    assert set(again.states.values()) <= {"Success", "Submitting"}
+    assert len(example.api.generations) == 4
+
+
+def test_flaky_has_only_such_submissions_sent_again_as_did_no_harm() -> None:
+    flaky, request = Flaky(), types.SimpleNamespace(method="POST")
+    faults = [flaky(request, {"number": number % 50}) for number in range(200)]
+    chosen = [fault for fault in faults if fault]
+    assert chosen
+    assert {asyncio.run(fault(request, None)).status for fault in chosen} == {429}
 
 
 ECHOES = {
@@ -282,6 +429,7 @@ ECHOES = {
     "in a long error": status(400, "x" * 990 + API_KEY),
     "in plain text": body(f"Bearer {API_KEY}".encode(), "text/plain", 400),
     "in HTML": body(f"<p>Bearer {API_KEY}</p>".encode(), "text/html", 403),
+    "in an id": body(json.dumps({"id": f"a.{API_KEY}", "groupId": f"a.{API_KEY}"}).encode()),
     "in a lock-out": status(401, f"{API_KEY} is not valid"),
 }
 

@@ -1,14 +1,16 @@
 """What is shown: the sample's layout, in a pipe and on a terminal, in any encoding."""
 
+import asyncio
 import os
 import re
 import sys
+import threading
 import unicodedata
 from typing import Any
 
 import pytest
-from conftest import GROUP, SINGLE, Example
-from local_api import Json, status
+from conftest import GROUP, SINGLE, Example, custom_ids, faulty
+from local_api import Fault, Json, Proceed, status, web
 
 if sys.platform != "win32":
     import pexpect
@@ -191,7 +193,7 @@ def test_all_is_shown_as_in_the_sample(example: Example) -> None:
     average = (955.0 + 4651.2 + 8 * 2803.1) / 10
     shown = shown.replace(f"{average:.1f}ms", "2803.1ms")
     assert re.sub(r"Throughput: .*", "", shown) == re.sub(r"Throughput: .*", "", expected)
-    assert re.search(r"\n      Throughput: {1,17}\d+\.\d\d req/s\n", run.stdout)
+    assert re.search(r"\n      Throughput: {1,18}\d+\.\d\d req/s\n", run.stdout)
     assert run.stderr == ""
     assert "\r" not in run.stdout
     assert "\x1b" not in run.stdout
@@ -209,6 +211,7 @@ NASTY = {
     "a megabyte": "many words " * 100_000,
     "only white space": " \n\t ",
     "combining": "e\u0301" * 30,
+    "Hindi": "नमस्ते दुनिया",
 }
 
 
@@ -236,17 +239,122 @@ def test_text_from_elsewhere_is_made_fit(example: Example, encoding: str) -> Non
     run = example.finish(process)
     assert run.code == 1
     assert all(each == "\n" or each.isprintable() for each in run.stdout)
-    table = run.stdout.split("Request-Response")[1].split("Results:")[0].splitlines()
-    assert max(map(columns, table)) <= 80
+    table = run.stdout.split("Request-Response")[1].split("Failed Requests")[0].splitlines()
+    if encoding.startswith("utf"):  # in others a combining mark is a ? of its own
+        assert max(map(columns, table)) <= 80
     answers = [run.final[f"req-{number:03}"]["response"] for number in range(1, len(texts) + 1)]
     assert answers == texts  # in full, whatever the screen can hold
-    if encoding in ("ascii", "cp1252"):
-        assert "|####" in run.stdout
+    assert ("|████" in run.stdout) == encoding.startswith("utf")
+    assert ("|????" in run.stdout) != encoding.startswith("utf")
 
 
 def columns(line: str) -> int:
     """How many columns of a terminal a line takes."""
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in line)
+    shown = [each for each in line if unicodedata.category(each) not in ("Mn", "Me")]
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in shown)
+
+
+FIVE_ENDS = """\
+      Successful:     4
+      Failed:         1
+      Unknown:        1
+      Pending:        1
+      Not sent:       3
+      Total:         10
+"""
+
+
+def test_what_did_not_succeed_is_counted_and_listed(single: Example) -> None:
+    single.edit(NUM_REQUESTS=10, MAX_CONCURRENT_POLLS=1, MAX_POLL_ATTEMPTS=2)
+    faults = {
+        "req-002": status(400, "a bad request"),
+        "req-003": status(500, "a bad day"),
+        "req-008": status(402, "no credit"),
+    }
+
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        if request.method == "POST":
+            return faults.get(body["metadata"]["custom_id"])
+        generation = single.api.generations[request.path.rpartition("/")[2]]
+        return status(404, "not here yet") if generation.custom_id == "req-004" else None
+
+    single.api.choose_fault = choose
+    run = single.run()
+    assert run.code == 1
+    assert FIVE_ENDS in run.stdout
+    assert "\n Not complete: 1 failed, 1 unknown, 1 pending, 3 not sent\n" in run.stdout
+    assert "Generation complete!" not in run.stdout
+    lists = run.stdout.partition("Failed Requests")[2]
+    expected = [
+        r"    ✗ req-002: HTTP 400: a bad request$",
+        r"  Unknown Requests$",
+        r"    \? req-003: HTTP 500: a bad day$",
+        r"    Perhaps accepted, and paid for: see the dashboard",
+        r"  Pending Requests$",
+        r"    … req-004 [\w-]{21}: HTTP 404: not here yet$",
+        rf"      uv run {single.script} --resume results/{run.results.name}$",
+        r"  Not sent Requests$",
+        r"    - req-008: HTTP 402: no credit$",
+        r"    - req-009: Not sent$",
+        r"    - req-010: Not sent$",
+        rf"      uv run {single.script} --resume results/{run.results.name} --submit$",
+    ]
+    assert re.search(r"(?:.*\n)*?".join(expected), lists, re.M)
+    marks = re.findall(r"^  req-\d+ +(\S \w+(?: sent)?) ", run.stdout, re.M)
+    assert marks == [
+        *("✓ Success", "✗ Failed", "? Unknown", "… Pending"),
+        *["✓ Success"] * 3,
+        *["- Not sent"] * 3,
+    ]
+
+
+def failed(shown: Json) -> Json:
+    return shown | {"state": "Failed", "stateMessage": "no", "response": None}
+
+
+@pytest.mark.parametrize("way", ["failed", "refused"])
+def test_ten_failures_are_no_completion(example: Example, way: str) -> None:
+    example.edit(NUM_REQUESTS=10)
+    if way == "failed":
+        example.api.alter = failed
+    else:
+        example.api.choose_fault = lambda request, body: status(400, "no")
+    run = example.run()
+    assert run.code == 1
+    assert "Generation complete!" not in run.stdout
+    assert "\n Not complete: 10 failed\n" in run.stdout
+    assert "\n      Failed:        10\n      Total:         10\n" in run.stdout
+    assert "\n  ✗ |░░░░░" in run.stdout
+    listed = run.stdout.partition("Failed Requests")[2]
+    assert re.findall(r"^    ✗ (req-\d+)\b.*no$", listed, re.M) == [
+        f"req-{number:03}" for number in range(1, 11)
+    ]
+    if way == "refused":  # nothing was measured
+        for name in ("Avg", "Min", "Max"):
+            assert re.search(rf"^      {name} generation time: +-$", run.stdout, re.M)
+        assert re.search(r"^      Avg completion/req: +-$", run.stdout, re.M)
+
+
+def test_submissions_are_listed_in_the_order_of_the_requests(single: Example) -> None:
+    first = status(429, Retry_After="0")
+    single.api.choose_fault = faulty(first, polls=False, times=2, only="req-001")
+    run = single.run()
+    assert run.code == 0
+    sent = [row["custom_id"] for row in run.rows if row["state"] == "Queued"]
+    assert sent[-1] == "req-001"
+    listed = re.findall(r"^    ✓ (req-\d+): ", run.stdout, re.M)
+    assert listed == [f"req-{number:03}" for number in range(1, 5)]
+
+
+def test_the_list_of_a_group_shows_its_id_once(group: Example) -> None:
+    group.edit(MAX_POLL_ATTEMPTS=2)
+    group.api.seconds = (3600, 3600)
+    run = group.run()
+    [group_id] = group.api.groups
+    _, _, listed = run.stdout.partition("Pending Requests")
+    assert listed.count(group_id) == 1
+    assert not [each for each in group.api.generations if each in run.stdout]
+    assert listed.count("\n    … req-") == 4
 
 
 def test_a_cut_by_max_tokens_is_told(example: Example) -> None:
@@ -271,18 +379,18 @@ def test_a_long_table_ends_after_fifty_rows(single: Example) -> None:
     single.edit(NUM_REQUESTS=1001)
 
     def fail_two(shown: Json) -> Json:
-        is_bad = shown["request"]["metadata"]["custom_id"] in ("req-051", "req-1001")
+        is_bad = shown["request"]["metadata"]["custom_id"] in ("req-0051", "req-1001")
         return shown | ({"state": "Failed", "stateMessage": "no"} if is_bad else {})
 
     single.api.alter = fail_two
     run = single.run()
     table = run.stdout.split("Request-Response")[1].split("Failed Requests")[0]
     rows = re.findall(r"^  (req-\d+) ", table, re.M)
-    assert rows == [f"req-{number:03}" for number in range(1, 51)]
+    assert rows == [f"req-{number:04}" for number in range(1, 51)]
     assert f"... and 951 more in results/{run.results.name}" in table
-    assert "✗ req-051" in run.stdout
+    assert "✗ req-0051" in run.stdout
     assert "✗ req-1001" in run.stdout
-    assert list(run.final)[998:1001] == ["req-999", "req-1000", "req-1001"]
+    assert list(run.final) == [f"req-{number:04}" for number in range(1, 1002)]
 
 
 def test_a_pipe_is_told_something_every_minute(example: Example) -> None:
@@ -293,7 +401,7 @@ def test_a_pipe_is_told_something_every_minute(example: Example) -> None:
     example.api.seconds = (0.5, 0.5)
     run = example.run()
     assert run.code == 0
-    assert re.search(r"^  \[  1\] \|.*\| ⏳ 0 running, 4 queued, 0:00:0\d$", run.stdout, re.M)
+    assert re.search(r"^  ⏳ 0 running, 4 queued, 0:00:0\d$", run.stdout, re.M)
     assert "\r" not in run.stdout
 
 
@@ -363,6 +471,30 @@ def test_a_live_line_while_it_waits(example: Example, width: int) -> None:
 
 
 @posix
+def test_the_live_line_counts_the_submissions(example: Example) -> None:
+    arrived = threading.Event()  # the terminal has shown what was to be seen
+
+    async def wait(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        while not arrived.is_set():
+            await asyncio.sleep(0.01)
+        return await proceed()
+
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        is_polled = request.method == "GET"
+        return wait if not is_polled and custom_ids(body)[-1] in ("req-003", "req-004") else None
+
+    example.api.choose_fault = choose
+    example.edit(REQUEST_TIMEOUT_SECONDS=30)
+    if example.script == SINGLE:
+        example.edit(MAX_CONCURRENT_POLLS=1)
+    terminal = Terminal(example, 80)
+    terminal.read_until(r"⏳ [0-3]/4 submitted, 0:00:01")
+    assert "running" not in terminal.raw
+    arrived.set()
+    assert terminal.finish() == 0
+
+
+@posix
 def test_wide_characters_keep_the_table_in_its_columns(example: Example) -> None:
     example.api.alter = lambda shown: (
         shown | {"response": {"choices": [{"message": {"content": NASTY["wide"]}}]}}
@@ -375,6 +507,21 @@ def test_wide_characters_keep_the_table_in_its_columns(example: Example) -> None
     rows = [line for line in terminal.lines if re.match(r"  req-\d+ +✓", line)]
     assert len(rows) == 4
     assert all(columns(row.replace("\u200b", "")) <= 80 for row in rows)
+
+
+def test_combining_marks_keep_the_table_in_its_columns(example: Example) -> None:
+    hindi = "नमस्ते दुनिया"
+    path = example.folder / example.script
+    questions = f"SAMPLE_QUESTIONS = [{hindi!r}, 'Hello world']\n\n\ndef build_request"
+    path.write_text(path.read_text("utf-8").replace("def build_request", questions, 1), "utf-8")
+    example.api.alter = lambda shown: (
+        shown | {"response": {"choices": [{"message": {"content": "the answer"}}]}}
+    )
+    run = example.run()
+    rows = re.findall(r"^  req-\d+ +✓.*$", run.stdout, re.M)
+    assert len(rows) == 4
+    assert len([row for row in rows if hindi in row]) == 2
+    assert {columns(row.partition("the answer")[0]) for row in rows} == {55}
 
 
 @posix
@@ -397,7 +544,7 @@ def test_the_live_line_is_gone_after_ctrl_c(example: Example) -> None:
     terminal.child.sendintr()
     assert terminal.finish() == 130
     assert not [line for line in terminal.lines if "queued, 0:" in line]
-    assert [line for line in terminal.lines if "Not complete: 4 unfinished" in line]
+    assert [line for line in terminal.lines if "Not complete: 4 pending" in line]
 
 
 @posix

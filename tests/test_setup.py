@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,22 +14,22 @@ from typing import Any
 
 import pytest
 import trustme
-from conftest import API_KEY, SINGLE, Example
+from conftest import API_KEY, SINGLE, TOP, Example
 from local_api import LocalApi, status
 
 BAD_CONSTANTS: list[tuple[str, Any]] = [
     ("NUM_REQUESTS", 0),
     ("NUM_REQUESTS", -1),
-    ("NUM_REQUESTS", 2.5),
     ("NUM_REQUESTS", "10"),
     ("NUM_REQUESTS", None),
-    ("NUM_REQUESTS", True),
+    ("NUM_REQUESTS", 1_000_001),
     ("POLL_INTERVAL_SECONDS", 0),
     ("POLL_INTERVAL_SECONDS", -0.5),
     ("POLL_INTERVAL_SECONDS", "1"),
     ("POLL_INTERVAL_SECONDS", 1e300),
     ("MAX_POLL_ATTEMPTS", 0),
-    ("MAX_POLL_ATTEMPTS", 1.0),
+    ("MAX_CONCURRENT_POLLS", 0),
+    ("MAX_CONCURRENT_POLLS", -1),
     ("REQUEST_TIMEOUT_SECONDS", 0),
     ("REQUEST_TIMEOUT_SECONDS", -30),
     ("REQUEST_TIMEOUT_SECONDS", None),
@@ -60,7 +62,7 @@ BAD_ENVIRONMENT: list[tuple[str, str | None]] = [
     ("INFERENCE_BASE_URL", "http://127.0.0.1:80@example.com/v1"),
     ("INFERENCE_BASE_URL", "http://example.com\\@127.0.0.1/v1"),
     ("INFERENCE_BASE_URL", "http://127.0.0.1#@example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1:99999/v1"),
+    ("INFERENCE_BASE_URL", "http://127.0.0.1:123456/v1"),
     ("INFERENCE_BASE_URL", "http://127.0.0.1:port/v1"),
     ("INFERENCE_BASE_URL", "http://1270000000/v1"),
     ("INFERENCE_BASE_URL", "http://127...1/v1"),
@@ -87,14 +89,30 @@ def test_a_constant_that_makes_no_sense(single: Example, name: str, value: Any) 
     (single.folder / "a file").write_text("")
     single.edit(**{name: value})
     if name == "RESULTS_DIR":
-        name = "" if value in (None, "no\0name") else value
-    check_refused(single, name)
+        check_refused(single, "" if value in (None, "no\0name") else value)
+    else:
+        assert f"not {value!r}" in check_refused(single, "NUM_REQUESTS")
 
 
-@pytest.mark.parametrize("value", [0, -1, 0.5])
-def test_a_pool_that_makes_no_sense(single: Example, value: float) -> None:
-    single.edit(MAX_CONCURRENT_POLLS=value)
-    check_refused(single, "MAX_CONCURRENT_POLLS")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NUM_REQUESTS", 2.5),
+        ("NUM_REQUESTS", True),
+        ("POLL_INTERVAL_SECONDS", 0.01),
+        ("POLL_INTERVAL_SECONDS", True),
+        ("MAX_POLL_ATTEMPTS", 40.0),
+        ("REQUEST_TIMEOUT_SECONDS", 2.5),
+        ("REQUEST_TIMEOUT_SECONDS", 1_000_000),
+    ],
+)
+def test_a_number_of_another_kind_ends_well_or_is_refused(
+    example: Example, name: str, value: float
+) -> None:
+    example.edit(**{name: value})
+    run = example.run()
+    assert run.code in (0, 2), run.stdout
+    assert run.code == 0 or not example.api.exchanges
 
 
 @pytest.mark.parametrize("questions", ["[]", "'Why?'", "['Why?', ' ']", "[1]", "None"])
@@ -105,10 +123,25 @@ def test_questions_that_are_none(single: Example, questions: str) -> None:
     check_refused(single, "SAMPLE_QUESTIONS")
 
 
-def test_a_request_that_is_no_json(example: Example) -> None:
+METADATA = '"metadata": {"custom_id": custom_id}'
+BAD_REQUESTS = {
+    "no JSON": ('"max_tokens": 100,', '"max_tokens": {1, 2},'),
+    "a list": ("    return {\n", "    return [] and {\n"),
+    "nothing": ("    return {\n", "    return None and {\n"),
+    "no metadata": (METADATA, '"metadata": None'),
+    "no custom id": (METADATA, '"metadata": {}'),
+    "another custom id": (METADATA, '"metadata": {"custom_id": "mine-" + custom_id}'),
+    "a custom id that is no text": (METADATA, '"metadata": {"custom_id": 7}'),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_a_request_that_makes_no_sense(example: Example, old: str, new: str) -> None:
+    # Only what is in build_request, which comes before everything else that could match.
     path = example.folder / example.script
-    text = path.read_text("utf-8")
-    path.write_text(text.replace('"max_tokens": 100,', '"max_tokens": {1, 2},'))
+    head, build_request, rest = path.read_text("utf-8").partition("def build_request")
+    assert old in rest
+    path.write_text(head + build_request + rest.replace(old, new, 1), "utf-8")
     check_refused(example, "JSON")
 
 
@@ -117,6 +150,10 @@ def test_an_environment_that_makes_no_sense(single: Example, name: str, value: s
     single.environment = single.environment | {name: value}
     error = check_refused(single, name)
     assert "sec" not in error
+    if name == "INFERENCE_API_KEY":
+        assert "set INFERENCE_API_KEY" in error
+        assert "export INFERENCE_API_KEY=" in error
+        assert "https://inference.net" in error  # where keys come from
 
 
 def test_a_group_and_a_resumed_run_need_a_key_as_well(example: Example) -> None:
@@ -135,7 +172,8 @@ def test_more_than_a_group_holds(group: Example) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--no-such-option"], ["what.jsonl"], ["--resume", "a", "b"]]
+    "arguments",
+    [["--no-such-option"], ["what.jsonl"], ["--resume", "a", "b"], ["--submit"]],
 )
 def test_usage_that_is_wrong(example: Example, arguments: list[str]) -> None:
     run = example.run(*arguments)
@@ -149,7 +187,7 @@ def test_help_fits_a_screen(example: Example) -> None:
     assert run.code == 0
     assert len(run.stdout.splitlines()) <= 24
     assert max(map(len, run.stdout.splitlines())) <= 99
-    for word in ("--resume", "INFERENCE_API_KEY", "INFERENCE_BASE_URL", "130"):
+    for word in ("--resume", "--submit", "INFERENCE_API_KEY", "INFERENCE_BASE_URL", "130"):
         assert word in run.stdout
 
 
@@ -214,36 +252,69 @@ def unanswered_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def check_never_sent(example: Example, word: str, **environment: str) -> None:
-    """Run it: each request failed, surely not carried out, for the reason that has word in it."""
+def check_never_sent(example: Example, reason: str, **environment: str) -> None:
+    """Run it: nothing was accepted, surely, and the error has this reason in it."""
     example.edit(NUM_REQUESTS=2, REQUEST_TIMEOUT_SECONDS=0.2, MAX_SUBMIT_ATTEMPTS=2)
     example.environment = example.environment | environment
     run = example.run()
     assert run.code == 1
-    assert set(run.states.values()) == {"Failed"}
-    assert word in run.final["req-001"]["error"]
+    assert set(run.states.values()) == {"Not sent"}
+    assert reason in run.final["req-001"]["error"]
+    assert reason in run.stdout
+    assert "Not sent:       2" in run.stdout
     assert not example.api.generations
 
 
 def test_a_connection_that_is_refused(example: Example) -> None:
-    url = f"http://127.0.0.1:{refused_port()}/v1"
-    check_never_sent(example, "refused", INFERENCE_BASE_URL=url)
+    host = f"127.0.0.1:{refused_port()}"
+    reason = f"ConnectionError at {host}: [Errno {errno.ECONNREFUSED}] Connection refused"
+    check_never_sent(example, reason, INFERENCE_BASE_URL=f"http://{host}/v1")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a full backlog times out on Linux only")
 def test_a_connection_that_times_out(example: Example) -> None:
     with unanswered_port() as port:
         url = f"http://127.0.0.1:{port}/v1"
-        check_never_sent(example, "Timeout", INFERENCE_BASE_URL=url)
+        check_never_sent(example, f"Timeout at 127.0.0.1:{port}: ", INFERENCE_BASE_URL=url)
 
 
 def test_a_host_that_is_not_found(example: Example) -> None:
-    check_never_sent(example, "Error", INFERENCE_BASE_URL="https://no-such-host.invalid/v1")
+    reason, url = "Error at no-such-host.invalid: ", "https://no-such-host.invalid/v1"
+    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
+
+
+def test_a_port_that_does_not_exist(example: Example) -> None:
+    reason, url = "InvalidURL at 127.0.0.1:99999: ", "http://127.0.0.1:99999/v1"
+    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
 
 
 def test_tls_where_there_is_none(example: Example) -> None:
     url = example.api.url.replace("http:", "https:")
-    check_never_sent(example, "SSLError", INFERENCE_BASE_URL=url)
+    reason = f"SSLError at 127.0.0.1:{example.api.port}: "
+    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
+
+
+# A name that has three addresses, of which the last is good, for want of a name server.
+THREE_ADDRESSES = """
+import socket
+ports = {ports}
+def getaddrinfo(*_):
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog times out on Linux only")
+def test_two_dead_addresses_before_a_good_one(example: Example) -> None:
+    with unanswered_port() as first, unanswered_port() as second:
+        text = THREE_ADDRESSES.format(ports=(first, second, example.api.port))
+        (example.folder / "sitecustomize.py").write_text(text)
+        url = f"http://localhost:{example.api.port}/v1"
+        example.environment |= {"INFERENCE_BASE_URL": url, "PYTHONPATH": str(example.folder)}
+        run = example.run()
+    assert run.code == 0, run.stdout
+    assert set(run.states.values()) == {"Success"}
+    assert example.submissions == (4 if example.script == SINGLE else 1)
 
 
 @pytest.fixture
@@ -276,7 +347,8 @@ def test_a_certificate_that_is_not_trusted(tls_example: Example) -> None:
     run = tls_example.run()
     assert run.code == 1
     assert "certificate verify failed" in run.stdout
-    assert "Stopped: SSLError" in run.stdout
+    assert set(run.states.values()) == {"Not sent"}
+    assert "SSLError" in run.final["req-001"]["error"]
     assert not tls_example.api.exchanges
 
 
@@ -299,8 +371,9 @@ def test_a_ca_bundle_that_is_none(
     tls_example.environment["REQUESTS_CA_BUNDLE"] = str(tmp_path / "ca.pem")
     run = tls_example.run()
     assert run.code == 1
-    assert set(run.states.values()) == {"Failed"}
-    assert "ca.pem" in run.stdout or "SSLError" in run.stdout
+    assert set(run.states.values()) == {"Not sent"}
+    error = run.final["req-001"]["error"]
+    assert "ca.pem" in error or "SSLError" in error
     assert not tls_example.api.exchanges
 
 
@@ -363,13 +436,22 @@ def test_a_proxy_that_refuses(tls_example: Example) -> None:
         run = tls_example.run()
     assert run.code == 1
     assert "407" in run.final["req-001"]["error"]
-    assert set(run.states.values()) == {"Failed"}
+    assert set(run.states.values()) == {"Not sent"}
 
 
-@pytest.mark.parametrize("proxy", ["nonsense://proxy", "http://", "http://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "proxy", ["nonsense://proxy", "http://", "http://127.0.0.1:1", "http://[::1", "http://:port"]
+)
 def test_a_proxy_that_is_none(tls_example: Example, proxy: str) -> None:
     through(tls_example, proxy)
     run = tls_example.run()
     assert run.code == 1
-    assert set(run.states.values()) <= {"Failed", "Not sent"}
-    assert "roxy" in run.final["req-001"]["error"]
+    assert set(run.states.values()) == {"Not sent"}
+    assert f" at 127.0.0.1:{tls_example.api.port}: " in run.final["req-001"]["error"]
+
+
+def test_the_local_api_is_given_a_command_that_is_not_found() -> None:
+    command = [sys.executable, str(TOP / "tests" / "local_api.py"), "nosuchcmd"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 127
+    assert run.stderr == "local_api.py: command not found: nosuchcmd\n"
