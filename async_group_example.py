@@ -378,13 +378,9 @@ def poll(records: Records, save: Save, stop: threading.Event) -> Records:
         return []
     for record in pending:
         record.error = None
-    final = [found for each in generations if (found := match(each, records))]
-    try:
-        save(final)
-    except Exception:
-        mark(final, QUEUED, records[0].group_id)  # they can be polled again
-        raise
-    return final
+    copies = [replace(record) for record in records]
+    save([final for each in generations if (final := match(each, copies))])  # or they stay pending
+    return [final for each in generations if (final := match(each, records))]
 
 
 def match(generation: Any, records: Records) -> Record | None:
@@ -395,17 +391,19 @@ def match(generation: Any, records: Records) -> Record | None:
     if not dig(generation, str, "state"):
         return None
     custom_id = dig(generation, str, "request", "metadata", "custom_id")
-    found = Record(None, "", dig(generation, str, "id"), records[0].group_id)
-    copy_generation(generation, found)
+    known = [(record.generation_id, record.response) for record in records]
+    found = Record(None, "", group_id=records[0].group_id)
     for record in records:
         if record.outcome == PENDING and record.custom_id == custom_id:
-            record.generation_id = found.generation_id
-            copy_generation(generation, record)
-            return record if record.outcome != PENDING else None
-    known = [(record.generation_id, record.response) for record in records]
-    if found.outcome == PENDING or (found.generation_id, found.response) in known:
+            found = record
+    found.generation_id = dig(generation, str, "id")
+    copy_generation(generation, found)
+    if found.outcome == PENDING:
         return None
-    records.append(found)
+    if found.custom_id is None:
+        if (found.generation_id, found.response) in known:
+            return None
+        records.append(found)
     return found
 
 
@@ -500,10 +498,9 @@ def show_waiting(records: Records, since: float) -> None:
 
 def show_submission(records: Records) -> None:
     """Print what came of the submission."""
-    first = records[0]
-    fate = f"{MARKS[first.outcome]} {fit(answer_of(first), 300).rstrip()}"
-    created = f"✓ Group created: {first.group_id}\n  ✓ Group size: {len(records)}"
-    say(f"  {created if first.group_id else fate}")
+    group_id, fate = records[0].group_id, f"{MARKS[records[0].outcome]} {answer_of(records[0])}"
+    created = f"✓ Group created: {group_id}\n  ✓ Group size: {len(records)}"
+    say(f"  {created if group_id else fit(fate, 300).rstrip()}")
 
 
 def show_poll(attempt: int, records: Records, before: str) -> str:
@@ -694,7 +691,7 @@ def run(records: Records, unsent: Records, path: Path) -> None:
     job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
     say(f"  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
     say(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
-    pool, save = ThreadPoolExecutor(1), partial(append_rows, path)
+    pool, save, shown = ThreadPoolExecutor(1), partial(append_rows, path), ""
     asked = [record for record in records if record.custom_id is not None]
     tick = partial(show_waiting, asked, time.monotonic())
     try:
@@ -702,17 +699,15 @@ def run(records: Records, unsent: Records, path: Path) -> None:
             show_section(f"Submitting {len(unsent)} Requests")
             for record in unsent[:5]:
                 say(f"    {record.custom_id}: {fit(record.question, 65).rstrip()}")
-            if len(unsent) > 5:
-                say(f"    ... and {len(unsent) - 5} more")
-            say("\n  Submitting to Group API...")
+            more = f"    ... and {len(unsent) - 5} more\n" if len(unsent) > 5 else ""
+            say(f"{more}\n  Submitting to Group API...")
             with suppress(ApiError):  # it is the error of the requests that were not sent
                 for submitted in submit_all(pool, unsent, save, tick):
                     show_submission(submitted)
         if any(record.outcome == PENDING for record in asked):
             show_section("Polling for Results")
-            shown = ""
-            for attempt, _ in enumerate(poll_all(pool, records, save, tick), start=1):
-                shown = show_poll(attempt, asked, shown)
+        for attempt, _ in enumerate(poll_all(pool, records, save, tick), start=1):
+            shown = show_poll(attempt, asked, shown)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

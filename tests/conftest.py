@@ -1,12 +1,16 @@
 """What the tests share: the examples as a user has them, run as processes against the local API."""
 
+import atexit
 import dataclasses
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +24,11 @@ TOP = Path(__file__).parent.parent
 SINGLE, GROUP = "async_polling_example.py", "async_group_example.py"
 SCRIPTS = (SINGLE, GROUP)
 HANG_SECONDS = 60
+
+# Hundreds of processes are started: without bytecode, half of their time goes into compiling.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) and "PYTHONPYCACHEPREFIX" not in os.environ:
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 
 @dataclasses.dataclass
@@ -166,6 +175,20 @@ def group(tmp_path: Path, api: LocalApi) -> Example:
     return Example(GROUP, tmp_path, api)
 
 
+def load(script: str, folder: Path = TOP, **constants: Any) -> types.ModuleType:
+    """Import a script, which does nothing but define, and edit constants; each call anew."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, folder / script)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for name, value in constants.items():
+        assert hasattr(module, name), name
+        setattr(module, name, value)
+    return module
+
+
 def is_submission(request: web.Request) -> bool:
     """Tell a submission from a poll."""
     return request.method == "POST"
@@ -227,6 +250,7 @@ __all__ = [
     "Run",
     "faulty",
     "in_turn",
+    "load",
     "one_each",
 ]
 

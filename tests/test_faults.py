@@ -10,12 +10,15 @@ import re
 import time
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import local_api
 import pytest
-from conftest import API_KEY, SINGLE, Example, Run, faulty, in_turn, one_each
+from conftest import API_KEY, GROUP, SCRIPTS, SINGLE, Example, Run, faulty, in_turn, load, one_each
 from local_api import (
     Flaky,
+    LocalApi,
     after,
     answer_slowly,
     body,
@@ -108,6 +111,61 @@ def cases(table: dict[str, local_api.Fault]) -> list[object]:
     return [pytest.param(fault, id=name) for name, fault in table.items()]
 
 
+def some(table: dict[str, local_api.Fault], *names: str) -> list[object]:
+    """Make these rows of a table cases of their own."""
+    return cases({name: table[name] for name in names})
+
+
+@pytest.fixture
+def environment(api: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lead this process to the local API."""
+    for name, value in api.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def submit_each(
+    script: str, api: LocalApi, faults: list[local_api.Fault], times: float = float("inf")
+) -> list[tuple[list[Any], str, list[str]]]:
+    """Submit two requests for each fault, which they meet in submit_all, all at the same time.
+
+    Each fault is met by an import of the script of its own. Return for each the records at the
+    end, the class of the exception at the end ("" if none), and the states that were saved.
+    """
+    seen: Counter[str] = Counter()
+
+    def choose(request: local_api.web.Request, sent: local_api.Json) -> local_api.Fault | None:
+        if request.method != "POST":
+            return None
+        [first, *_] = sent.get("requests", [sent])
+        custom_id = first["metadata"]["custom_id"]
+        seen[custom_id] += 1
+        return faults[int(custom_id.split("-")[0])] if seen[custom_id] <= times else None
+
+    def submit(number: int) -> tuple[list[Any], str, list[str]]:
+        module, saved, ending = modules[number], [], ""
+        records = [module.Record(f"{number}-{name}", "What is 2 + 2?") for name in "ab"]
+
+        def save(rows: list[Any]) -> None:
+            saved.extend(row.state for row in rows)
+
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                list(module.submit_all(pool, records, save))
+        except module.ApiError as error:
+            ending = type(error).__name__
+        return records, ending, saved
+
+    modules = [load(script, REQUEST_TIMEOUT_SECONDS=1) for _ in faults]
+    api.choose_fault = choose
+    with ThreadPoolExecutor(len(faults)) as pool:
+        results = list(pool.map(submit, range(len(faults))))
+    made = Counter(generation.custom_id for generation in api.generations.values())
+    assert set(made.values()) <= {1}
+    for records, _, _ in results:
+        assert all(API_KEY not in str(record.error) for record in records)
+    return results
+
+
 def check_resume_command(run: Run, *arguments: str) -> None:
     """Check that the command which goes on with this run is shown."""
     ending = "".join(f" {argument}" for argument in arguments)
@@ -129,14 +187,24 @@ def test_a_poll_that_fails_is_made_again(single: Example) -> None:
     assert run.code == 0
 
 
-def test_a_poll_of_a_group_that_fails_is_made_again(group: Example) -> None:
+def test_polls_of_a_group_that_fail_are_made_again_and_leave_what_can_be_resumed(
+    group: Example,
+) -> None:
     faults = list(POLL_FAULTS.values())
-    group.edit(MAX_POLL_ATTEMPTS=len(faults) + 1)
+    group.edit(MAX_POLL_ATTEMPTS=len(faults))
     group.api.choose_fault = in_turn(faults)
     run = group.run()
-    assert run.code == 0, run.stdout
-    assert f"[{len(faults):>3}] |░" in run.stdout
-    assert f"[{len(faults) + 1:>3}] |███" in run.stdout
+    assert run.code == 1
+    assert set(run.states.values()) == {"Queued"}
+    for attempt in range(1, len(faults) + 1):  # none of them has ended the polling
+        assert f"[{attempt:>3}] |░" in run.stdout
+    assert "Not complete: 4 pending" in run.stdout
+    check_resume_command(run)
+    group.api.choose_fault = in_turn(faults[:3])
+    resumed = group.run("--resume")
+    assert resumed.code == 0, resumed.stdout
+    assert "[  3] |░" in resumed.stdout
+    assert "[  4] |███" in resumed.stdout
 
 
 def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> None:
@@ -149,7 +217,12 @@ def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> No
     assert "Failed:         0" in run.stdout
     assert f"Pending:     {len(faults):>4}" in run.stdout
     check_resume_command(run)
-    for reason in ("HTTP 500: out of order", "HTTP 502: Bad Gateway", "Timeout", "not the state of"):
+    for reason in (
+        "HTTP 500: out of order",
+        "HTTP 502: Bad Gateway",
+        "Timeout",
+        "not the state of",
+    ):
         assert reason in run.stdout
     mend(single)
     resumed = single.run("--resume")
@@ -158,7 +231,14 @@ def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> No
     assert len(single.api.generations) == len(faults)
 
 
-@pytest.mark.parametrize("fault", cases(POLL_FAULTS))
+@pytest.mark.parametrize(
+    "fault",
+    some(
+        POLL_FAULTS,
+        *("500", "reset", "stalled", "garbled", "404", "429 with Retry-After in seconds", "402"),
+        "200 with a state that is null",
+    ),
+)
 def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(
     group: Example, fault: local_api.Fault
 ) -> None:
@@ -206,7 +286,28 @@ def test_no_submission_that_may_be_accepted_is_sent_again(
     assert len(single.api.exchanges) == len(faults)
 
 
-@pytest.mark.parametrize("fault", cases(NO_ANSWER))
+@pytest.mark.usefixtures("environment")
+def test_no_group_that_may_be_accepted_is_sent_again(api: LocalApi) -> None:
+    results = submit_each(GROUP, api, [lost(fault) for fault in NO_ANSWER.values()])
+    found = dict(zip(NO_ANSWER, results, strict=True))
+    states = {name: [record.state for record in records] for name, (records, _, _) in found.items()}
+    assert states == dict.fromkeys(NO_ANSWER, ["Unknown"] * 2)
+    for records, ending, saved in results:
+        assert all(record.error for record in records)
+        assert ending == ""
+        assert saved == ["Submitting"] * 2 + ["Unknown"] * 2
+    assert len(api.exchanges) == len(NO_ANSWER)
+    assert len(api.generations) == 2 * len(NO_ANSWER)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    some(
+        NO_ANSWER,
+        *("500", "503 with Retry-After", "reset", "stalled", "dripping", "103 and then an answer"),
+        "200 with an id that is a path",
+    ),
+)
 def test_a_group_that_may_be_accepted_is_not_sent_again(
     group: Example, fault: local_api.Fault
 ) -> None:
@@ -218,7 +319,28 @@ def test_a_group_that_may_be_accepted_is_not_sent_again(
     assert len(group.api.exchanges) == 1
 
 
-@pytest.mark.parametrize("fault", cases(BUSY))
+def test_each_submission_that_surely_was_not_accepted_is_sent_again(single: Example) -> None:
+    faults = list(BUSY.values())
+    single.edit(NUM_REQUESTS=len(faults), MAX_CONCURRENT_POLLS=20)
+    single.api.choose_fault = one_each(single.api, faults, polls=False, times=2)
+    run = single.run()
+    assert run.code == 0, run.stdout
+    assert len(single.api.generations) == len(faults)
+    assert single.submissions == 3 * len(faults)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_group_that_surely_was_not_accepted_is_sent_again(api: LocalApi) -> None:
+    for records, ending, saved in submit_each(GROUP, api, list(BUSY.values()), times=2):
+        assert [record.state for record in records] == ["Queued"] * 2
+        assert ending == ""
+        failed = ["Submitting"] * 2 + ["Not sent"] * 2
+        assert saved == [*failed, *failed, *["Submitting"] * 2, *["Queued"] * 2]
+    assert len(api.exchanges) == 3 * len(BUSY)
+    assert len(api.generations) == 2 * len(BUSY)
+
+
+@pytest.mark.parametrize("fault", some(BUSY, "429", "429 with Retry-After in seconds"))
 def test_a_submission_that_surely_was_not_accepted_is_sent_again(
     example: Example, fault: local_api.Fault
 ) -> None:
@@ -269,7 +391,19 @@ def test_a_run_ends_soon_where_the_api_is_down(example: Example) -> None:
     check_sent_later(example, run)
 
 
-@pytest.mark.parametrize("fault", cases(REFUSALS))
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_refusal_fails_what_it_refuses(script: str, api: LocalApi) -> None:
+    results = submit_each(script, api, list(REFUSALS.values()))
+    for records, ending, saved in results:
+        assert [record.state for record in records] == ["Failed"] * 2
+        assert all(record.error for record in records)
+        assert ending == ""
+        assert sorted(saved) == ["Failed"] * 2 + ["Submitting"] * 2
+    assert len(api.exchanges) == len(REFUSALS) * (2 if script == SINGLE else 1)
+
+
+@pytest.mark.parametrize("fault", some(REFUSALS, "302 to another host", "307 that is cut", "400"))
 def test_a_refused_submission_fails_alone(example: Example, fault: local_api.Fault) -> None:
     example.api.choose_fault = faulty(fault, polls=False, only="req-002")
     run = example.run()
@@ -360,10 +494,25 @@ def test_a_retry_after_holds_back_every_exchange(
     assert min(waited) >= 2
 
 
-@pytest.mark.parametrize("fault_id", ["gen.abc", 12345, "../x", "", None, ["gen"]])
+def answer_with_id(given_id: object) -> local_api.Fault:
+    """Do the work, and answer with this id."""
+    return after(body(json.dumps({"id": given_id, "groupId": given_id}).encode()))
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_id_that_can_not_be_polled_is_taken(script: str, api: LocalApi) -> None:
+    ids = ["gen.abc", 12345, "../x", "", None, ["gen"]]
+    results = submit_each(script, api, [answer_with_id(each) for each in ids])
+    for given_id, (records, _, _) in zip(ids, results, strict=True):
+        assert [record.outcome for record in records] == ["Unknown"] * 2
+        assert all(repr(given_id) in record.error for record in records)
+    assert len(api.exchanges) == len(ids) * (2 if script == SINGLE else 1)
+
+
+@pytest.mark.parametrize("fault_id", ["gen.abc", 12345])
 def test_an_id_that_can_not_be_polled_is_told(example: Example, fault_id: object) -> None:
-    answer = json.dumps({"id": fault_id, "groupId": fault_id}).encode()
-    example.api.choose_fault = faulty(after(body(answer)), polls=False)
+    example.api.choose_fault = faulty(answer_with_id(fault_id), polls=False)
     run = example.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Unknown"}
@@ -434,8 +583,29 @@ ECHOES = {
 }
 
 
-@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+CALLS: dict[str, tuple[str, str, object]] = {
+    SINGLE: ("submit_generation", "fetch_generation", {"model": "any"}),
+    GROUP: ("submit_group", "fetch_group", [{"model": "any"}]),
+}
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("fault", cases(ECHOES))
+def test_no_error_has_an_echoed_key(script: str, api: LocalApi, fault: local_api.Fault) -> None:
+    module = load(script)
+    submit, fetch, sent = CALLS[script]
+    api.choose_fault = lambda request, sent: fault
+    for call, argument in ((submit, sent), (fetch, "an-id")):
+        with module.Session() as session, pytest.raises(module.ApiError) as caught:
+            getattr(module, call)(session, argument, 5)
+        for each in (str(caught.value), repr(caught.value)):
+            assert API_KEY not in each
+            assert API_KEY[:20] not in each
+
+
+@pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
+@pytest.mark.parametrize("fault", some(ECHOES, "in a long error", "in an id", "in a lock-out"))
 def test_an_echoed_key_is_not_shown(example: Example, fault: local_api.Fault, polls: bool) -> None:
     example.edit(MAX_POLL_ATTEMPTS=2)
     example.api.choose_fault = faulty(fault, polls=polls)

@@ -8,13 +8,14 @@ import ssl
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from conftest import API_KEY, SINGLE, TOP, Example
+from conftest import API_KEY, SINGLE, TOP, Example, load
 from local_api import LocalApi, status
 
 BAD_CONSTANTS: list[tuple[str, Any]] = [
@@ -84,14 +85,51 @@ def check_refused(example: Example, name: str, *arguments: str) -> str:
     return run.stderr
 
 
+@pytest.fixture
+def module(single: Example, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The script that submits one by one, imported, in the folder where it runs."""
+    monkeypatch.chdir(single.folder)
+    for name, value in single.environment.items():
+        monkeypatch.setenv(name, str(value))
+    return load(single.script, single.folder)
+
+
+def mistake(module: types.ModuleType) -> str:
+    """Do what main does before anything is sent: the mistake that ends it, which is a line."""
+    try:
+        module.check_configuration()
+        module.new_run()
+    except (OSError, ValueError, TypeError) as error:  # what main tells in a line
+        text = str(error)
+    else:
+        pytest.fail("no mistake was found")
+    assert len(text.splitlines()) == 1
+    return text
+
+
 @pytest.mark.parametrize(("name", "value"), BAD_CONSTANTS, ids=map(str, BAD_CONSTANTS))
-def test_a_constant_that_makes_no_sense(single: Example, name: str, value: Any) -> None:
+def test_a_constant_that_makes_no_sense(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    Path("a file").write_text("")
+    monkeypatch.setattr(module, name, value)
+    error = mistake(module)
+    if name != "RESULTS_DIR":
+        assert "NUM_REQUESTS" in error
+        assert f"not {value!r}" in error
+    elif value not in (None, "no\0name"):
+        assert value in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NUM_REQUESTS", 0), ("RESULTS_DIR", "a file"), ("RESULTS_DIR", None)],
+    ids=["ValueError", "OSError", "TypeError"],
+)
+def test_a_constant_that_makes_no_sense_is_told(single: Example, name: str, value: Any) -> None:
     (single.folder / "a file").write_text("")
     single.edit(**{name: value})
-    if name == "RESULTS_DIR":
-        check_refused(single, "" if value in (None, "no\0name") else value)
-    else:
-        assert f"not {value!r}" in check_refused(single, "NUM_REQUESTS")
+    check_refused(single, "not 0" if value == 0 else value or "")
 
 
 @pytest.mark.parametrize(
@@ -115,12 +153,12 @@ def test_a_number_of_another_kind_ends_well_or_is_refused(
     assert run.code == 0 or not example.api.exchanges
 
 
-@pytest.mark.parametrize("questions", ["[]", "'Why?'", "['Why?', ' ']", "[1]", "None"])
-def test_questions_that_are_none(single: Example, questions: str) -> None:
-    path = single.folder / single.script
-    edited = f"SAMPLE_QUESTIONS = {questions}\n\n\ndef build_request"
-    path.write_text(path.read_text("utf-8").replace("def build_request", edited), "utf-8")
-    check_refused(single, "SAMPLE_QUESTIONS")
+@pytest.mark.parametrize("questions", [[], "Why?", ["Why?", " "], [1], None])
+def test_questions_that_are_none(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, questions: Any
+) -> None:
+    monkeypatch.setattr(module, "SAMPLE_QUESTIONS", questions)
+    assert "SAMPLE_QUESTIONS" in mistake(module)
 
 
 METADATA = '"metadata": {"custom_id": custom_id}'
@@ -135,25 +173,68 @@ BAD_REQUESTS = {
 }
 
 
-@pytest.mark.parametrize(("old", "new"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
-def test_a_request_that_makes_no_sense(example: Example, old: str, new: str) -> None:
+def edit_build_request(example: Example, old: str, new: str) -> None:
+    """Edit a line of build_request, as a user does."""
     # Only what is in build_request, which comes before everything else that could match.
     path = example.folder / example.script
     head, build_request, rest = path.read_text("utf-8").partition("def build_request")
     assert old in rest
     path.write_text(head + build_request + rest.replace(old, new, 1), "utf-8")
+
+
+@pytest.mark.parametrize(("old", "new"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_a_request_that_makes_no_sense(
+    example: Example, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    monkeypatch.setenv("INFERENCE_API_KEY", API_KEY)
+    edit_build_request(example, old, new)
+    assert "JSON" in mistake(load(example.script, example.folder))
+
+
+@pytest.mark.parametrize("case", ["no JSON", "no custom id"])
+def test_a_request_that_makes_no_sense_is_told(example: Example, case: str) -> None:
+    edit_build_request(example, *BAD_REQUESTS[case])
     check_refused(example, "JSON")
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_ENVIRONMENT, ids=map(repr, BAD_ENVIRONMENT))
-def test_an_environment_that_makes_no_sense(single: Example, name: str, value: str) -> None:
-    single.environment = single.environment | {name: value}
-    error = check_refused(single, name)
+def check_names_the_setting(error: str, name: str) -> None:
+    """Check that an error says which setting is wrong, and does not show the key."""
+    assert name in error
     assert "sec" not in error
     if name == "INFERENCE_API_KEY":
         assert "set INFERENCE_API_KEY" in error
         assert "export INFERENCE_API_KEY=" in error
         assert "https://inference.net" in error  # where keys come from
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ENVIRONMENT, ids=map(repr, BAD_ENVIRONMENT))
+def test_an_environment_that_makes_no_sense(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    read = module.api_key if name == "INFERENCE_API_KEY" else module.base_url
+    with pytest.raises(ValueError, match=name) as caught:
+        read()
+    assert mistake(module) == str(caught.value)
+    check_names_the_setting(str(caught.value), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("INFERENCE_API_KEY", None),
+        ("INFERENCE_API_KEY", "sk-sec\nret"),
+        ("INFERENCE_BASE_URL", "http://api.inference.net/v1"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_told(
+    single: Example, name: str, value: str | None
+) -> None:
+    single.environment = single.environment | {name: value}  # type: ignore[dict-item]
+    check_names_the_setting(check_refused(single, name), name)
 
 
 def test_a_group_and_a_resumed_run_need_a_key_as_well(example: Example) -> None:

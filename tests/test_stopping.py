@@ -409,6 +409,20 @@ def test_submit_needs_the_name_of_a_file(example: Example, arguments: list[str])
     assert len(example.api.exchanges) == sent
 
 
+def test_nothing_is_submitted_from_a_file_with_damaged_lines(example: Example) -> None:
+    example.api.choose_fault = faulty(status(402, "no credit"), polls=False)
+    path = example.run().results
+    path.write_bytes(path.read_bytes() + b"a row that may have said: sent\n")
+    sent = len(example.api.exchanges)
+    run = example.run("--resume", str(path), "--submit")
+    assert run.code == 2
+    assert "might pay twice" in run.stderr
+    assert len(example.api.exchanges) == sent
+    path.write_bytes(path.read_bytes().rpartition(b"a row")[0])
+    example.api.choose_fault = lambda request, body: None
+    assert example.run("--resume", str(path), "--submit").code == 0
+
+
 def test_the_other_scripts_file_and_a_folder_are_not_resumed(
     single: Example, tmp_path: Path
 ) -> None:
