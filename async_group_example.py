@@ -12,17 +12,16 @@ import os
 import random
 import re
 import shlex
-import ssl
 import sys
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +92,7 @@ class Uncertain(ApiError):
 
 
 def submit_group(session: Session, requests: list[Json], timeout_seconds: float) -> str:
-    """Submit 1 to 50 chat completion requests as a group, and return its group id.
-
-    POST /v1/async/group/chat/completions. Raises ApiError.
-    """
+    """POST /v1/async/group/chat/completions: submit 1 to 50 requests; return the group's id."""
     body = {"requests": requests}
     answer = exchange(session, "POST", "/async/group/chat/completions", timeout_seconds, body)
     group_id = answer.get("groupId")
@@ -105,25 +101,21 @@ def submit_group(session: Session, requests: list[Json], timeout_seconds: float)
     return group_id
 
 
-def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Any]:
-    """Return a group's generations in their current state, in any order.
-
-    GET /v1/async/group/{groupId}/generations. Raises ApiError. Just after the submission, a 404
-    is normal; later a generation may be missing until it is final.
-    """
+def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Json]:
+    """GET /v1/async/group/{groupId}/generations: return those that are there, in any order."""
     answer = exchange(session, "GET", f"/async/group/{group_id}/generations", timeout_seconds)
     if not isinstance(answer.get("generations"), list):
         raise Uncertain("the answer has no list of generations")
-    return list(answer["generations"])
+    found = [each for each in answer["generations"] if isinstance(each, dict)]
+    return [generation for generation in found if isinstance(generation.get("state"), str)]
 
 
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP request, and return the JSON object that the API answers.
+    """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
 
-    timeout_seconds limits connecting and each wait for data; a dripping answer is given up after
-    twice that. Raises ApiError, or, before anything is sent, ValueError (api_key, base_url, body).
+    timeout_seconds limits connecting and each wait for data; twice that, an answer that drips.
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -147,7 +139,7 @@ def exchange(
         while cause.__context__:
             cause = cause.__context__
         reason = f"{type(error).__name__} at {url.split('/')[2]}: {cause}"
-        if isinstance(cause, ssl.SSLCertVerificationError):
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
@@ -170,16 +162,15 @@ def api_key() -> str:
     """Return the key from INFERENCE_API_KEY, or raise a ValueError that does not show it."""
     key = os.environ.get("INFERENCE_API_KEY", "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        hint = "export INFERENCE_API_KEY=... (keys are on the dashboard of https://inference.net)"
-        raise ValueError(f"set INFERENCE_API_KEY to your key, for example: {hint}")
+        raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
     return key
 
 
 def base_url() -> str:
     """Return INFERENCE_BASE_URL, or its default; raise ValueError if it would show the key."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
-    https, http = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127(\.\d+){3}|\[::1\])"
-    if not re.fullmatch(rf"({https}|{http})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
+    host = r"https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])"
+    if not re.fullmatch(rf"({host})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
         raise ValueError(f"INFERENCE_BASE_URL must be https, or http on this machine, not {url!r}")
     return url
 
@@ -193,22 +184,22 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
     with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
+    is_too_long = status == 429 and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
     if status in (401, 403):
         return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-    if method == "POST" and status == 402:
+    if method == "POST" and (status == 402 or is_too_long):
         return LockedOut(reason)
     if status == 429:
-        is_too_long = method == "POST" and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
-        return (LockedOut if is_too_long else NotAccepted)(reason, retry_after_seconds)
+        return NotAccepted(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
 # --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-# Our own, until the API has a state: SUBMITTING is saved just before a request is sent, so that
-# after a kill it means UNKNOWN, perhaps accepted. PENDING is accepted, and not yet final.
+# Our own. SUBMITTING is saved just before a request is sent: after a kill, it may be accepted.
 NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
+NO_MATCH = "No match"  # a generation of the group that answers none of its questions
 
 
 @dataclass
@@ -217,8 +208,8 @@ class Record:
 
     custom_id: str | None
     question: str
-    generation_id: str | None = None
     group_id: str | None = None
+    generation_id: str | None = None
     state: str = NOT_SENT
     response: str | None = None
     finish_reason: str | None = None
@@ -230,9 +221,9 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """What the request has come to: SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT."""
+        """What has become of it: SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH."""
         if self.state in (SUCCESS, FAILED):
-            return self.state
+            return self.state if self.custom_id else NO_MATCH
         if self.group_id:
             return PENDING
         return NOT_SENT if self.state == NOT_SENT else UNKNOWN
@@ -253,8 +244,7 @@ def copy_generation(generation: Json, record: Record) -> None:
     with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
         times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
         dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
-        if finished >= dispatched:
-            record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
 
 
 def dig(value: Any, kind: type, *path: str | int) -> Any:
@@ -273,12 +263,11 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 # thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
 
 MAX_SUBMIT_ATTEMPTS = 5
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.05
 Records = list[Record]
 Save = Callable[[Records], object]  # called in the worker thread
 Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
 session = Session()  # one is enough, as there is one exchange at a time
-hold_lock = threading.Lock()
 held_until = 0.0  # no exchange begins before this time.monotonic()
 
 
@@ -341,77 +330,63 @@ def poll_all(
 ) -> Iterator[Records]:
     """Poll the group every POLL_INTERVAL_SECONDS; yield, after each poll, what has become final.
 
-    tick is as in submit_all; save gets what is final. What belongs to none of the records is
-    appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays pending.
-    Raises LockedOut, what save raised, or TimeoutError if the worker is stuck.
+    tick is as in submit_all; save gets what is final. A final generation that answers none of the
+    records is appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays
+    pending. Raises LockedOut, what save raised, or TimeoutError if the worker is stuck.
     """
     stop = threading.Event()
-    due = time.monotonic()
     try:
-        for _ in range(MAX_POLL_ATTEMPTS):
+        for attempt in range(MAX_POLL_ATTEMPTS):
             if all(record.outcome != PENDING for record in records):
                 return
-            while (left := due - time.monotonic()) > 0:
-                time.sleep(min(left, TICK_SECONDS))
-                tick()
-            future = pool.submit(poll, records, save, stop)
+            future = pool.submit(poll, records, save, stop, POLL_INTERVAL_SECONDS if attempt else 0)
             wait_for(future, tick)
-            due = time.monotonic() + POLL_INTERVAL_SECONDS
             yield future.result()
     finally:
         stop.set()
 
 
-def poll(records: Records, save: Save, stop: threading.Event) -> Records:
-    """Poll the group once, in a worker thread; return what has become final, if anything."""
-    if not wait_to_send(0, stop):
+def poll(records: Records, save: Save, stop: threading.Event, wait_seconds: float) -> Records:
+    """Wait, poll the group once, in a worker thread, and return what has become final."""
+    if not wait_to_send(wait_seconds, stop):
         return []
     pending = [record for record in records if record.outcome == PENDING]
     try:
         generations = fetch_group(session, str(pending[0].group_id), REQUEST_TIMEOUT_SECONDS)
+        trouble = None
     except ApiError as error:
-        for record in pending:
-            record.error = str(error)
+        generations, trouble = [], str(error)
         hold_back(error.retry_after_seconds)
         if isinstance(error, LockedOut):
             raise
-        return []
     for record in pending:
-        record.error = None
+        record.error = trouble
     copies = [replace(record) for record in records]
     save([final for each in generations if (final := match(each, copies))])  # or they stay pending
     return [final for each in generations if (final := match(each, records))]
 
 
-def match(generation: Any, records: Records) -> Record | None:
-    """Copy a generation into the record with its custom_id; return the record if it is now final.
-
-    If no record with this custom_id is pending, a final generation becomes a record of its own.
-    """
-    if not dig(generation, str, "state"):
-        return None
+def match(generation: Json, records: Records) -> Record | None:
+    """Copy a generation into the record with its custom_id; return this if it is now final."""
+    pending = {record.custom_id: record for record in records if record.outcome == PENDING}
     custom_id = dig(generation, str, "request", "metadata", "custom_id")
-    known = [(record.generation_id, record.response) for record in records]
-    found = Record(None, "", group_id=records[0].group_id)
-    for record in records:
-        if record.outcome == PENDING and record.custom_id == custom_id:
-            found = record
-    found.generation_id = dig(generation, str, "id")
-    copy_generation(generation, found)
-    if found.outcome == PENDING:
+    record = pending.get(custom_id) or Record(None, "", group_id=records[0].group_id)
+    record.generation_id = dig(generation, str, "id")
+    copy_generation(generation, record)
+    if record.state not in (SUCCESS, FAILED):
         return None
-    if found.custom_id is None:
-        if (found.generation_id, found.response) in known:
+    if record.custom_id is None:  # it answers no question that is pending
+        known = [(each.generation_id, each.response) for each in records]
+        if (record.generation_id, record.response) in known:
             return None
-        records.append(found)
-    return found
+        records.append(record)
+    return record
 
 
 def hold_back(seconds: float) -> None:
     """Let no worker send for that many seconds: Retry-After is for the whole account."""
     global held_until
-    with hold_lock:
-        held_until = max(held_until, time.monotonic() + seconds)
+    held_until = max(held_until, time.monotonic() + seconds)
 
 
 def wait_to_send(seconds: float, stop: threading.Event) -> bool:
@@ -427,18 +402,19 @@ def wait_for(future: Future[Any], tick: Tick) -> None:
     since = time.monotonic()
     limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts at six addresses, and backoff
     while not wait([future], TICK_SECONDS).done:
-        if time.monotonic() > max(since, held_until) + limit_seconds:
+        if time.monotonic() > max(since + POLL_INTERVAL_SECONDS, held_until) + limit_seconds:
             raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
         tick()
 
 
 # --- The screen: everything that prints
 
-MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
-MAX_ROWS = 50  # of the table, and of each list
+MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-", NO_MATCH: "!"}
+MAX_ROWS = 50  # of the table
 MAX_SILENCE_SECONDS = 60  # in a pipe or a file
 RULE = "=" * 80
-live_columns, said_at = 0, 0.0  # the width of the live line, if there is one; the last print
+live_columns = 0  # the width of the live line, if there is one
+started_at, said_at = time.monotonic(), 0.0  # the start, and the last print
 
 
 def width(text: str) -> int:
@@ -448,22 +424,21 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make untrusted text printable, and cut or fill it to exactly so many columns."""
-    text = "".join(each if each.isprintable() else " " for each in text[:2000].strip())
-    if width(text) > columns:
-        kept = text[: 3 * columns]
-        while width(kept) > columns - 3:
-            kept = kept[:-1]
-        if at_word and text[len(kept)] != " " and " " in kept[columns // 2 :]:
-            kept = kept.rpartition(" ")[0]
-        text = kept.rstrip() + "..."
-    return text + " " * (columns - width(text))
+    """Make untrusted text printable, and cut it to at most so many columns."""
+    text = "".join(each if each.isprintable() else " " for each in text[:2000]).strip()
+    if width(text) <= columns:
+        return text
+    kept = text[: 3 * columns]
+    while width(kept) > columns - 3:
+        kept = kept[:-1]
+    if at_word and " " in text[columns // 2 : len(kept) + 1]:
+        kept = text[: len(kept) + 1].rpartition(" ")[0]
+    return kept.rstrip() + "..."
 
 
 def bar(done: int, total: int, columns: int) -> str:
     """Return a progress bar, which is full only when all is done."""
-    filled = done * columns // total
-    return f"|{'█' * filled}{'░' * (columns - filled)}|"
+    return f"|{'█' * (done * columns // total):░<{columns}}|"
 
 
 def say(text: str, is_live: bool = False) -> None:
@@ -474,134 +449,82 @@ def say(text: str, is_live: bool = False) -> None:
     live_columns, said_at = width(text) if is_live else 0, time.monotonic()
 
 
-def show_section(title: str) -> None:
+def show_section(title: str, gap: str = "") -> None:
     """Print the heading of a section."""
-    say(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
+    say(f"\n  {title}\n  {'-' * (len(title) + 4)}{gap}")
 
 
-def show_waiting(records: Records, since: float) -> None:
+def show_live(records: Records) -> None:
     """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
-    pending = [record for record in records if record.outcome == PENDING]
-    running = sum(record.state == IN_PROGRESS for record in pending)
-    text = f"{running} running, {len(pending) - running} queued"
+    is_live = os.isatty(1)
+    if time.monotonic() - said_at < (0.25 if is_live else MAX_SILENCE_SECONDS):
+        return
     unsent = [record for record in records if record.state in (NOT_SENT, SUBMITTING)]
+    waiting = unsent or [record for record in records if record.outcome == PENDING]
+    running = sum(record.state == IN_PROGRESS for record in waiting)
+    text = f"{running} running, {len(waiting) - running} queued"
     if unsent:
         text = f"{len(records) - len(unsent)}/{len(records)} submitted"
-    elapsed = timedelta(seconds=int(time.monotonic() - since))
-    trouble = next((each.error for each in (*unsent, *pending) if each.error), "")
-    if sys.stdout and sys.stdout.isatty():
-        columns = max(os.get_terminal_size(sys.stdout.fileno()).columns or 80, 20)
-        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4).rstrip(), is_live=True)
-    elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", 200).rstrip())
+    elapsed = timedelta(seconds=int(time.monotonic() - started_at))
+    trouble = next((record.error for record in waiting if record.error), "")
+    columns = max(os.get_terminal_size(1).columns or 80, 20) if is_live else 200
+    say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4), is_live)
 
 
-def show_submission(records: Records) -> None:
-    """Print what came of the submission."""
-    group_id, fate = records[0].group_id, f"{MARKS[records[0].outcome]} {answer_of(records[0])}"
-    created = f"✓ Group created: {group_id}\n  ✓ Group size: {len(records)}"
-    say(f"  {created if group_id else fit(fate, 300).rstrip()}")
-
-
-def show_poll(attempt: int, records: Records, before: str) -> str:
-    """Print how many generations are final, on a terminal only if that is not as before."""
-    total, pending = len(records), [each for each in records if each.outcome == PENDING]
-    done, running = total - len(pending), sum(each.state == IN_PROGRESS for each in pending)
-    text = f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%)"
-    if pending:
-        text += f" (⏳ {running} running, {len(pending) - running} queued)"
-        text += f" {fit(pending[0].error or '', 200)}".rstrip()
-    if text != before or not (sys.stdout and sys.stdout.isatty()):
-        say(f"  [{attempt:>3}] {text}")
-    return text
-
-
-def answer_of(record: Record) -> str:
-    """Return the answer to a request, or why there is none."""
-    if record.outcome == SUCCESS:
-        return record.response or "(no text)"
-    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
-
-
-def show_list(title: str, records: Records, path: Path) -> None:
-    """Print up to MAX_ROWS requests, each with why it has no answer."""
-    show_section(f"{title} of Group {records[0].group_id}" if records[0].group_id else title)
-    for record in records[:MAX_ROWS]:
-        name = record.custom_id or record.generation_id
-        say(f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}")
-    if len(records) > MAX_ROWS:
-        say(f"    ... and {len(records) - MAX_ROWS} more in {path}")
-
-
-def show_summary(records: Records, seconds: float, answered: int, path: Path, resume: str) -> str:
-    """Print all figures and answers, and what to do about requests without one; count these.
-
-    answered: how many were answered in these seconds; resume: the command that polls again.
-    """
-    listed = {outcome: [each for each in records if each.outcome == outcome] for outcome in MARKS}
-    done, total = len(listed[SUCCESS]), len(records)
-    shown = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if listed[each])]
-    rows = "".join(f"\n      {f'{each}:':<13}{len(listed[each]):>4}" for each in shown)
+def show_summary(records: Records, answered_before: int, path: Path, resume: str) -> str:
+    """Print figures, answers, and what to do about the requests without one; count these."""
+    counts = Counter(record.outcome for record in records)
+    done, total, seconds = counts[SUCCESS], len(records), time.monotonic() - started_at
+    others = [each for each in MARKS if each == FAILED or (counts[each] and each != SUCCESS)]
+    show_section("Success Rate")
+    say(f"  {'✓' if done == total else '✗'} {bar(done, total, 40)} {done * 1000 // total / 10}%\n")
+    for title, count in (("Successful", done), *((each, counts[each]) for each in others)):
+        say(f"      {title + ':':<13}{count:>4}")
+    say(f"      Total:       {total:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
-    extremes = (sum(times) / len(times), min(times), max(times)) if times else ()
-    average, least, most = [f"{ms:.1f}ms" for ms in extremes] or ["-", "-", "-"]
-    completions = [record.completion_tokens for record in records if record.completion_tokens]
-    mean = f"{sum(completions) / len(completions):,.1f}" if completions else "-"
-    say(f"""
-  Success Rate
-  ----------------
-  {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
-
-      Successful:  {done:>4}{rows}
-      Total:       {total:>4}
-
-  Performance Metrics
-  -----------------------
-      Total wall-clock time: {seconds:>10.2f}s
-      Avg generation time:   {average:>12}
-      Min generation time:   {least:>12}
-      Max generation time:   {most:>12}
-      Throughput:            {answered / max(seconds, 0.01):>10.2f} req/s
-
-  Token Usage
-  ---------------
-      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
-      Completion tokens: {sum(completions):>10,}
-      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
-      Avg completion/req:{mean:>10}
-
-  Request-Response Correlation
-  --------------------------------
-
-  ID         Status     Question                       Response
-  ---------- ---------- ------------------------------ -------------------------""")
-    for record in records[:MAX_ROWS]:
-        answer = fit(answer_of(record), 25, at_word=True).rstrip()
+    measured = (sum(times) / len(times), min(times), max(times)) if times else ()
+    average, least, most = [f"{ms:.1f}ms" for ms in measured] or ["-", "-", "-"]
+    show_section("Performance Metrics")
+    say(f"      Total wall-clock time: {seconds:>10.2f}s")
+    say(f"      Avg generation time:   {average:>12}")
+    say(f"      Min generation time:   {least:>12}")
+    say(f"      Max generation time:   {most:>12}")
+    say(f"      Throughput:            {(done - answered_before) / seconds:>10.2f} req/s")
+    tokens = [record.completion_tokens for record in records if record.completion_tokens]
+    show_section("Token Usage")
+    say(f"      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}")
+    say(f"      Completion tokens: {sum(tokens):>10,}")
+    say(f"      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}")
+    say(f"      Avg completion/req:{sum(tokens) / max(len(tokens), 1):>10,.1f}")
+    show_section("Request-Response Correlation", gap="\n")
+    say("  ID         Status     Question                       Response")
+    say("  ---------- ---------- ------------------------------ -------------------------")
+    is_cut = total > MAX_ROWS  # then those without an answer come first
+    for record in sorted(records, key=lambda each: is_cut and each.outcome == SUCCESS)[:MAX_ROWS]:
+        question = fit(record.question, 28)
+        answer = fit(record.response or "(no text)", 25, at_word=True)
         if record.finish_reason == "length":
             answer = fit(answer, 12) + " [max_tokens]"
-        name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}")
-    if total > MAX_ROWS:
+        if record.outcome != SUCCESS:
+            reason = "interrupted" if record.state == SUBMITTING else ""
+            answer = f"\n{' ' * 13}{fit(record.error or record.response or reason, 300)}"
+        status = f"{record.custom_id or '':10} {MARKS[record.outcome]} {record.outcome:8}"
+        say(f"  {status} {question}{' ' * (30 - width(question))} {answer}".rstrip())
+    if is_cut:
         say(f"  ... and {total - MAX_ROWS} more in {path}")
-    for outcome, advice in (
-        (FAILED, ""),
-        (UNKNOWN, "Perhaps accepted, and paid for: see the dashboard before you send them again."),
-        (PENDING, f"Accepted, and paid for. To go on polling:\n      {resume}"),
-        (NOT_SENT, f"To submit them, and poll what is pending:\n      {resume} --submit"),
-    ):
-        if listed[outcome]:
-            show_list(f"{outcome} Requests", listed[outcome], path)
-            say(f"\n    {advice}".rstrip())
-    return ", ".join(f"{len(listed[each])} {each.lower()}" for each in shown if listed[each])
+    if counts[UNKNOWN]:
+        say("\n  ? Unknown: perhaps accepted, and paid for: see the dashboard before sending again")
+    if counts[PENDING]:
+        say(f"\n  … Pending: accepted, and paid for. To go on polling:\n      {resume}")
+    if counts[NOT_SENT]:
+        say(f"\n  - Not sent: to submit them, and poll what is pending:\n      {resume} --submit")
+    return ", ".join(f"{counts[each]} {each.lower()}" for each in others if counts[each])
 
 
 # --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-group"
 file_lock = threading.Lock()
-EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
-0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
-GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
 
 
 def append_rows(path: Path, records: Records) -> None:
@@ -616,8 +539,7 @@ def append_rows(path: Path, records: Records) -> None:
 
 def read_results(path: Path) -> tuple[Records, list[bytes]]:
     """Return the last record of each request in a results file, and the lines that are no rows."""
-    records: dict[str | None, Record] = {}
-    others = []
+    records, others = dict[str | None, Record](), list[bytes]()
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
         with suppress(ValueError, TypeError, RecursionError):
             record = Record(**json.loads(line))
@@ -628,28 +550,23 @@ def read_results(path: Path) -> tuple[Records, list[bytes]]:
     return list(records.values()), others
 
 
-def new_run() -> tuple[Records, Path]:
-    """Return the records of a new run, and its results file, which has a row for each of them."""
-    questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
-    digits = max(3, len(str(NUM_REQUESTS)))
-    records = [Record(f"req-{n:0{digits}}", question) for n, question in enumerate(questions, 1)]
-    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
-    path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append_rows(path, records)
-    return records, path
-
-
-def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
-    """Return the records of a results file, and it: by default the newest with a pending one."""
+def open_run(name: str | None, is_submitting: bool) -> tuple[Records, Path]:
+    """Return the records and the results file of a new run, or of the earlier one of that name."""
+    if name is None:
+        questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
+        records = [Record(f"req-{n:03}", question) for n, question in enumerate(questions, 1)]
+        now = datetime.now(timezone.utc)
+        path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now:%Y%m%d-%H%M%S-%f}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_rows(path, records)
+        return records, path
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
         records, damaged = read_results(path)
         if any(name or record.outcome == PENDING for record in records):
             break
     else:
-        what = f"{name} has no row that this script has written"
-        raise ValueError(what if name else f"nothing is pending in {RESULTS_DIR}")
+        raise ValueError(f"there is nothing to resume in {name or RESULTS_DIR}")
     last_line = path.read_bytes().rpartition(b"\n")[2]
     with path.open("ab") as file:
         if last_line in damaged:  # a kill tore it
@@ -666,90 +583,66 @@ def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
 
 def check_configuration() -> None:
     """Raise ValueError for a mistake that would lead to a hang, a traceback or a loss."""
-    api_key()
-    base_url()
+    _ = base_url(), api_key()  # they raise ValueError too
     counts = (NUM_REQUESTS, MAX_POLL_ATTEMPTS)
-    for number in (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS):
-        if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
-            names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
-            raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
-    if not all(isinstance(count, int) for count in counts):
-        raise ValueError(f"NUM_REQUESTS and MAX_... must be whole numbers, not {counts}")
+    numbers = (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS)
+    if {int} != {*map(type, counts)} or not all(0 < number <= 1_000_000 for number in numbers):
+        raise ValueError(f"NUM_REQUESTS, MAX_... and ..._SECONDS must be 1 to 1,000,000: {numbers}")
     if NUM_REQUESTS > 50:
         raise ValueError("NUM_REQUESTS: a group holds 50; async_polling_example.py takes more")
-    questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
-    if not questions or not all(isinstance(each, str) and each.strip() for each in questions):
-        raise ValueError("SAMPLE_QUESTIONS must be a list of questions, none of them blank")
-    request = json.loads(json.dumps(build_request("any", questions[0])))
+    if not isinstance(SAMPLE_QUESTIONS, list) or {str} != {*map(type, SAMPLE_QUESTIONS)}:
+        raise ValueError("SAMPLE_QUESTIONS must be a list of texts, and not be empty")
+    request = json.loads(json.dumps(build_request("any", SAMPLE_QUESTIONS[0])))
     if dig(request, str, "metadata", "custom_id") != "any":
         raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
 
 
-def run(records: Records, unsent: Records, path: Path) -> None:
-    """Submit what is unsent, poll what is pending, and show both."""
-    say(f"{RULE}\n INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE\n{RULE}\n")
+def run(records: Records, unsent: Records, path: Path) -> int:
+    """Submit what is unsent, poll what is pending, show both, and return the exit code."""
     job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
+    say(f"{RULE}\n INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE\n{RULE}\n")
     say(f"  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
     say(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
-    pool, save, shown = ThreadPoolExecutor(1), partial(append_rows, path), ""
-    asked = [record for record in records if record.custom_id is not None]
-    tick = partial(show_waiting, asked, time.monotonic())
+    pool, save = ThreadPoolExecutor(1), lambda rows: append_rows(path, rows)
     try:
         if unsent:
-            show_section(f"Submitting {len(unsent)} Requests")
-            for record in unsent[:5]:
-                say(f"    {record.custom_id}: {fit(record.question, 65).rstrip()}")
-            more = f"    ... and {len(unsent) - 5} more\n" if len(unsent) > 5 else ""
-            say(f"{more}\n  Submitting to Group API...")
+            show_section(f"Submitting {len(unsent)} Requests", gap="\n")
+            rows = [f"    {record.custom_id}: {fit(record.question, 65)}" for record in unsent]
+            more = [f"    ... and {len(rows) - 5} more"] if len(rows) > 5 else []
+            say("\n".join([*rows[:5], *more, "\n  Submitting to Group API..."]))
             with suppress(ApiError):  # it is the error of the requests that were not sent
-                for submitted in submit_all(pool, unsent, save, tick):
-                    show_submission(submitted)
-        if any(record.outcome == PENDING for record in asked):
-            show_section("Polling for Results")
-        for attempt, _ in enumerate(poll_all(pool, records, save, tick), start=1):
-            shown = show_poll(attempt, asked, shown)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str) -> int:
-    """Run, show a summary, even if the run has ended early, and return the exit code."""
-    asked = [record for record in records if record.custom_id is not None]
-    started, answered = time.monotonic(), sum(each.outcome == SUCCESS for each in asked)
-    exit_code = 0
-    try:
-        run(records, unsent, path)
+                for [first, *_] in submit_all(pool, unsent, save, lambda: show_live(unsent)):
+                    if first.group_id:
+                        say(f"  ✓ Group created: {first.group_id}\n  ✓ Group size: {len(unsent)}")
+        pending = [record for record in records if record.outcome == PENDING]
+        if pending:
+            show_section("Polling for Results", gap="\n")
+        for attempt, new in enumerate(poll_all(pool, records, save, lambda: show_live(pending)), 1):
+            if new or attempt == 1:
+                total, done = len(pending), sum(record.outcome != PENDING for record in pending)
+                text = f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%)"
+                if done < total:
+                    running = sum(record.state == IN_PROGRESS for record in pending)
+                    text += f" (⏳ {running} running, {total - done - running} queued)"
+                say(f"  [{attempt:>3}] {text}")
+        return 0
     except (ApiError, OSError, KeyboardInterrupt) as error:
-        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        hint = f"up to {GRACE_SECONDS} s for ids on their way; Ctrl-C again ends now"
-        say(f"\n  Stopping: {fit(str(error) or hint, 300).rstrip()}")
+        hint = "up to 2 s for ids on their way; Ctrl-C again ends now"
+        say(f"\n  Stopping: {fit(str(error) or hint, 300)}")
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
-        deadline = time.monotonic() + GRACE_SECONDS
-        for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            with suppress(RuntimeError):  # Ctrl-C came before it had started
-                thread.join(max(0, deadline - time.monotonic()))
-    seconds = time.monotonic() - started
-    answered = sum(each.outcome == SUCCESS for each in asked) - answered
-    say(f"\n{RULE}\n GROUP GENERATION SUMMARY\n{RULE}")
-    left = show_summary(asked, seconds, answered, path, resume)
-    strays = [record for record in records if record.custom_id is None]
-    if strays:
-        show_list("Unmatched Generations", strays, path)
-        left = ", ".join(filter(None, [left, f"{len(strays)} unmatched"]))
-    if {record.group_id for record in asked} - {each.group_id for each in read_results(path)[0]}:
-        say(f"\n  Keep this id, which the file does not have: {asked[0].group_id}")
-    ending = f"Not complete: {left or 'stopped'}" if left or exit_code else "Generation complete!"
-    say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
-    return exit_code or (1 if left else 0)
+        pool.shutdown(wait=False)
+        until = time.monotonic() + 2
+        workers = {each for each in threading.enumerate() if each.is_alive()}
+        for thread in workers - {threading.main_thread()}:
+            thread.join(max(0, until - time.monotonic()))
 
 
 def main() -> int:
-    """Read the command line, run, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    resume_help = "submit nothing; poll what FILE, or the newest results file, has pending"
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
-    submit_help = "with --resume FILE, whose run must have ended: submit what was not sent"
-    parser.add_argument("--submit", action="store_true", help=submit_help)
+    """Read the command line, run, show the summary, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="poll an earlier run")
+    parser.add_argument("--submit", action="store_true", help="submit the rest of an ended run too")
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")
@@ -757,20 +650,24 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         check_configuration()
-        if options.resume is None:
-            records, path = new_run()
-        else:
-            records, path = earlier_run(options.resume, options.submit)
+        records, path = open_run(options.resume, options.submit)
     except (OSError, ValueError, TypeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    is_submitting = options.resume is None or options.submit
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    is_submitting = options.submit or options.resume is None
     unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
     resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
+    answered_before = sum(record.outcome == SUCCESS for record in records)
     try:
-        return run_and_summarize(records, unsent, path, resume)
+        exit_code = run(records, unsent, path)
+        say(f"\n{RULE}\n GROUP GENERATION SUMMARY\n{RULE}")
+        left = show_summary(records, answered_before, path, resume)
+        if records[0].group_id not in {record.group_id for record in read_results(path)[0]}:
+            say(f"\n  Keep this id, which the file does not have: {records[0].group_id}")
+        is_complete = not left and not exit_code
+        ending = "Generation complete!" if is_complete else f"Not complete: {left or 'stopped'}"
+        say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
+        return exit_code or int(not is_complete)
     except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             print(f"\n{path}: {str(error) or 'interrupted'}", file=sys.stderr)
         if any(record.outcome == PENDING for record in records):
@@ -779,6 +676,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if exit_code:  # a worker that is stuck must not hold up the exit
+    if exit_code := main():  # a worker that is stuck must not hold up the exit
         os._exit(exit_code)

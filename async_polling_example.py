@@ -13,18 +13,16 @@ import queue
 import random
 import re
 import shlex
-import ssl
 import sys
 import threading
 import time
 import unicodedata
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +94,7 @@ class Uncertain(ApiError):
 
 
 def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
-    """Submit a chat completion request, and return its generation id.
-
-    POST /v1/async/chat/completions. Raises ApiError.
-    """
+    """POST /v1/async/chat/completions: submit a request; return its id, or raise ApiError."""
     answer = exchange(session, "POST", "/async/chat/completions", timeout_seconds, request)
     generation_id = answer.get("id")
     if not isinstance(generation_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", generation_id):
@@ -108,24 +103,19 @@ def submit_generation(session: Session, request: Json, timeout_seconds: float) -
 
 
 def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
-    """Return a generation: its current state, and its response once it has one.
-
-    GET /v1/generation/{id}. Raises ApiError; just after the submission, a 404 is normal.
-    """
-    generation = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
-    is_other = generation.get("id") not in (None, generation_id)
-    if is_other or not isinstance(generation.get("state"), str):
-        raise Uncertain(f"the answer is not the state of {generation_id}: {generation}")
-    return generation
+    """GET /v1/generation/{id}: return the generation, or raise ApiError (at first a 404)."""
+    answer = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
+    if not isinstance(answer.get("state"), str) or answer.get("id") not in (None, generation_id):
+        raise Uncertain(f"the answer is not the state of {generation_id}: {answer}")
+    return answer
 
 
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP request, and return the JSON object that the API answers.
+    """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
 
-    timeout_seconds limits connecting and each wait for data; a dripping answer is given up after
-    twice that. Raises ApiError, or, before anything is sent, ValueError (api_key, base_url, body).
+    timeout_seconds limits connecting and each wait for data; twice that, an answer that drips.
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -149,7 +139,7 @@ def exchange(
         while cause.__context__:
             cause = cause.__context__
         reason = f"{type(error).__name__} at {url.split('/')[2]}: {cause}"
-        if isinstance(cause, ssl.SSLCertVerificationError):
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
@@ -172,16 +162,15 @@ def api_key() -> str:
     """Return the key from INFERENCE_API_KEY, or raise a ValueError that does not show it."""
     key = os.environ.get("INFERENCE_API_KEY", "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        hint = "export INFERENCE_API_KEY=... (keys are on the dashboard of https://inference.net)"
-        raise ValueError(f"set INFERENCE_API_KEY to your key, for example: {hint}")
+        raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
     return key
 
 
 def base_url() -> str:
     """Return INFERENCE_BASE_URL, or its default; raise ValueError if it would show the key."""
     url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
-    https, http = r"https://([\w.-]+|\[[\da-f:.]+\])", r"http://(localhost|127(\.\d+){3}|\[::1\])"
-    if not re.fullmatch(rf"({https}|{http})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
+    host = r"https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])"
+    if not re.fullmatch(rf"({host})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
         raise ValueError(f"INFERENCE_BASE_URL must be https, or http on this machine, not {url!r}")
     return url
 
@@ -195,21 +184,20 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
     with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
+    is_too_long = status == 429 and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
     if status in (401, 403):
         return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-    if method == "POST" and status == 402:
+    if method == "POST" and (status == 402 or is_too_long):
         return LockedOut(reason)
     if status == 429:
-        is_too_long = method == "POST" and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
-        return (LockedOut if is_too_long else NotAccepted)(reason, retry_after_seconds)
+        return NotAccepted(reason, retry_after_seconds)
     return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
 
 
 # --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-# Our own, until the API has a state: SUBMITTING is saved just before a request is sent, so that
-# after a kill it means UNKNOWN, perhaps accepted. PENDING is accepted, and not yet final.
+# Our own. SUBMITTING is saved just before a request is sent: after a kill, it may be accepted.
 NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
 
 
@@ -254,8 +242,7 @@ def copy_generation(generation: Json, record: Record) -> None:
     with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
         times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
         dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
-        if finished >= dispatched:
-            record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
 
 
 def dig(value: Any, kind: type, *path: str | int) -> Any:
@@ -274,7 +261,7 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 # thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
 
 MAX_SUBMIT_ATTEMPTS = 5
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.05
 Records = list[Record]
 Save = Callable[[Records], object]  # called in worker threads, several at a time
 Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
@@ -288,13 +275,11 @@ def submit_all(
 ) -> Iterator[Record]:
     """Submit each request; yield the records in their order, each when its submission has ended.
 
-    Nothing is sent until one iterates, and leaving the loop cancels what has not begun. save gets
-    the record before and after each attempt. tick is called every TICK_SECONDS while waiting.
-    Raises TimeoutError if a worker is stuck, and, after the last record, what ended the submitting
-    early: LockedOut, NotAccepted (the API is down, or has no room) or an exception from save.
+    Nothing is sent until one iterates; leaving the loop cancels what has not begun. save gets the
+    record before and after each attempt; tick is called every TICK_SECONDS. Raises TimeoutError
+    if a worker is stuck; after the last record, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
-    failure: BaseException | None = None
     try:
         futures = [pool.submit(submit, record, save, stop) for record in records]
         for record, future in zip(records, futures, strict=True):
@@ -302,12 +287,11 @@ def submit_all(
             while not wait([future], TICK_SECONDS).done:
                 check_stall(waiting_since)
                 tick()
-            failure = failure or future.exception()
             yield record
+        for future in futures:
+            future.result()
     finally:
         stop.set()
-    if failure:
-        raise failure
 
 
 def submit(record: Record, save: Save, stop: threading.Event) -> None:
@@ -348,34 +332,28 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
 def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) -> Iterator[Record]:
     """Poll pending records every POLL_INTERVAL_SECONDS; yield those that have become final.
 
-    Iterating and tick are as in submit_all; save gets a record when it is final. After
-    MAX_POLL_ATTEMPTS polls a record stays pending. Raises LockedOut, an exception from save, or
-    TimeoutError if workers are stuck.
+    tick is as in submit_all; save gets what is final. After MAX_POLL_ATTEMPTS polls a record stays
+    pending. Raises LockedOut, what save raised, or TimeoutError if workers are stuck.
     """
     stop = threading.Event()
     # (when it is due, which attempt, record): in order of time, as all have the same interval
     waiting = deque((0.0, 1, record) for record in records if record.outcome == PENDING)
     polled: dict[Future[None], tuple[int, Record]] = {}
     done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-    tick_at = 0.0
     try:
         while waiting or polled:
+            tick()
             now = time.monotonic()
-            if now >= tick_at:
-                tick()
-                tick_at = now + TICK_SECONDS
             while waiting and waiting[0][0] <= now:
                 _, attempt, record = waiting.popleft()
                 future = pool.submit(poll, record, save, stop)
                 polled[future] = attempt, record
                 future.add_done_callback(done.put)
                 last_event = now
-            due_in_seconds = waiting[0][0] - now if waiting else TICK_SECONDS
             try:
-                future = done.get(timeout=min(due_in_seconds, TICK_SECONDS))
+                future = done.get(timeout=TICK_SECONDS)
             except queue.Empty:
-                if not waiting:
-                    check_stall(last_event)
+                check_stall(now if waiting else last_event)
                 continue
             last_event = time.monotonic()
             attempt, record = polled.pop(future)
@@ -395,9 +373,6 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
     try:
         session, generation_id = sessions[threading.get_ident()], str(record.generation_id)
         generation = fetch_generation(session, generation_id, REQUEST_TIMEOUT_SECONDS)
-        echoed = dig(generation, str, "request", "metadata", "custom_id")
-        if echoed and echoed != record.custom_id:
-            raise Uncertain(f"the answer is to another request: {echoed!r}")
     except ApiError as error:
         record.error = str(error)
         hold_back(error.retry_after_seconds)
@@ -436,10 +411,11 @@ def check_stall(since: float) -> None:
 # --- The screen: everything that prints
 
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
-MAX_ROWS = 50  # of the table, and of each list
+MAX_ROWS = 50  # of the table
 MAX_SILENCE_SECONDS = 60  # in a pipe or a file
 RULE = "=" * 80
-live_columns, said_at = 0, 0.0  # the width of the live line, if there is one; the last print
+live_columns = 0  # the width of the live line, if there is one
+started_at, said_at = time.monotonic(), 0.0  # the start, and the last print
 
 
 def width(text: str) -> int:
@@ -449,22 +425,21 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make untrusted text printable, and cut or fill it to exactly so many columns."""
-    text = "".join(each if each.isprintable() else " " for each in text[:2000].strip())
-    if width(text) > columns:
-        kept = text[: 3 * columns]
-        while width(kept) > columns - 3:
-            kept = kept[:-1]
-        if at_word and text[len(kept)] != " " and " " in kept[columns // 2 :]:
-            kept = kept.rpartition(" ")[0]
-        text = kept.rstrip() + "..."
-    return text + " " * (columns - width(text))
+    """Make untrusted text printable, and cut it to at most so many columns."""
+    text = "".join(each if each.isprintable() else " " for each in text[:2000]).strip()
+    if width(text) <= columns:
+        return text
+    kept = text[: 3 * columns]
+    while width(kept) > columns - 3:
+        kept = kept[:-1]
+    if at_word and " " in text[columns // 2 : len(kept) + 1]:
+        kept = text[: len(kept) + 1].rpartition(" ")[0]
+    return kept.rstrip() + "..."
 
 
 def bar(done: int, total: int, columns: int) -> str:
     """Return a progress bar, which is full only when all is done."""
-    filled = done * columns // total
-    return f"|{'█' * filled}{'░' * (columns - filled)}|"
+    return f"|{'█' * (done * columns // total):░<{columns}}|"
 
 
 def say(text: str, is_live: bool = False) -> None:
@@ -475,122 +450,90 @@ def say(text: str, is_live: bool = False) -> None:
     live_columns, said_at = width(text) if is_live else 0, time.monotonic()
 
 
-def show_section(title: str) -> None:
+def show_section(title: str, gap: str = "") -> None:
     """Print the heading of a section."""
-    say(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
+    say(f"\n  {title}\n  {'-' * (len(title) + 4)}{gap}")
 
 
-def show_waiting(records: Records, since: float) -> None:
+def show_live(records: Records) -> None:
     """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
-    pending = [record for record in records if record.outcome == PENDING]
-    running = sum(record.state == IN_PROGRESS for record in pending)
-    text = f"{running} running, {len(pending) - running} queued"
+    is_live = os.isatty(1)
+    if time.monotonic() - said_at < (0.25 if is_live else MAX_SILENCE_SECONDS):
+        return
     unsent = [record for record in records if record.state in (NOT_SENT, SUBMITTING)]
+    waiting = unsent or [record for record in records if record.outcome == PENDING]
+    running = sum(record.state == IN_PROGRESS for record in waiting)
+    text = f"{running} running, {len(waiting) - running} queued"
     if unsent:
         text = f"{len(records) - len(unsent)}/{len(records)} submitted"
-    elapsed = timedelta(seconds=int(time.monotonic() - since))
-    trouble = next((each.error for each in (*unsent, *pending) if each.error), "")
-    if sys.stdout and sys.stdout.isatty():
-        columns = max(os.get_terminal_size(sys.stdout.fileno()).columns or 80, 20)
-        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4).rstrip(), is_live=True)
-    elif time.monotonic() - said_at >= MAX_SILENCE_SECONDS:
-        say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", 200).rstrip())
+    elapsed = timedelta(seconds=int(time.monotonic() - started_at))
+    trouble = next((record.error for record in waiting if record.error), "")
+    columns = max(os.get_terminal_size(1).columns or 80, 20) if is_live else 200
+    say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4), is_live)
 
 
 def show_submission(record: Record) -> None:
-    """Print what came of a submission."""
-    fate = fit(record.generation_id, 15) if record.generation_id else answer_of(record)
+    """Print what has come of a submission, if it was made."""
     mark = "✓" if record.generation_id else MARKS[record.outcome]
-    text = f"{mark} {record.custom_id}: {fit(record.question, 44).rstrip()} → {fate}"
-    say(f"    {fit(text, 76).rstrip()}")
+    fate = fit(record.generation_id or "", 15) or record.error
+    if fate:
+        say("    " + fit(f"{mark} {record.custom_id}: {fit(record.question, 44)} → {fate}", 76))
 
 
-def answer_of(record: Record) -> str:
-    """Return the answer to a request, or why there is none."""
-    if record.outcome == SUCCESS:
-        return record.response or "(no text)"
-    return record.error or ("interrupted" if record.state == SUBMITTING else record.state)
-
-
-def show_list(title: str, records: Records, path: Path) -> None:
-    """Print up to MAX_ROWS requests, each with why it has no answer."""
-    show_section(title)
-    for record in records[:MAX_ROWS]:
-        name = f"{record.custom_id or ''} {record.generation_id or ''}".strip()
-        say(f"    {MARKS[record.outcome]} {name}: {fit(answer_of(record), 300).rstrip()}")
-    if len(records) > MAX_ROWS:
-        say(f"    ... and {len(records) - MAX_ROWS} more in {path}")
-
-
-def show_summary(records: Records, seconds: float, answered: int, path: Path, resume: str) -> str:
-    """Print all figures and answers, and what to do about requests without one; count these.
-
-    answered: how many were answered in these seconds; resume: the command that polls again.
-    """
-    listed = {outcome: [each for each in records if each.outcome == outcome] for outcome in MARKS}
-    done, total = len(listed[SUCCESS]), len(records)
-    shown = [FAILED, *(each for each in (UNKNOWN, PENDING, NOT_SENT) if listed[each])]
-    rows = "".join(f"\n      {f'{each}:':<13}{len(listed[each]):>4}" for each in shown)
+def show_summary(records: Records, answered_before: int, path: Path, resume: str) -> str:
+    """Print figures, answers, and what to do about the requests without one; count these."""
+    counts = Counter(record.outcome for record in records)
+    done, total, seconds = counts[SUCCESS], len(records), time.monotonic() - started_at
+    others = [each for each in MARKS if each == FAILED or (counts[each] and each != SUCCESS)]
+    show_section("Success Rate")
+    say(f"  {'✓' if done == total else '✗'} {bar(done, total, 40)} {done * 1000 // total / 10}%\n")
+    for title, count in (("Successful", done), *((each, counts[each]) for each in others)):
+        say(f"      {title + ':':<13}{count:>4}")
+    say(f"      Total:       {total:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
-    extremes = (sum(times) / len(times), min(times), max(times)) if times else ()
-    average, least, most = [f"{ms:.1f}ms" for ms in extremes] or ["-", "-", "-"]
-    completions = [record.completion_tokens for record in records if record.completion_tokens]
-    mean = f"{sum(completions) / len(completions):,.1f}" if completions else "-"
-    say(f"""
-  Success Rate
-  ----------------
-  {"✓" if done == total else "✗"} {bar(done, total, 40)} {done * 1000 // total / 10}%
-
-      Successful:  {done:>4}{rows}
-      Total:       {total:>4}
-
-  Performance Metrics
-  -----------------------
-      Total wall-clock time: {seconds:>10.2f}s
-      Avg generation time:   {average:>12}
-      Min generation time:   {least:>12}
-      Max generation time:   {most:>12}
-      Throughput:            {answered / max(seconds, 0.01):>10.2f} req/s
-
-  Token Usage
-  ---------------
-      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}
-      Completion tokens: {sum(completions):>10,}
-      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}
-      Avg completion/req:{mean:>10}
-
-  Request-Response Correlation
-  --------------------------------
-
-  ID         Status     Question                       Response
-  ---------- ---------- ------------------------------ -------------------------""")
-    for record in records[:MAX_ROWS]:
-        answer = fit(answer_of(record), 25, at_word=True).rstrip()
+    measured = (sum(times) / len(times), min(times), max(times)) if times else ()
+    average, least, most = [f"{ms:.1f}ms" for ms in measured] or ["-", "-", "-"]
+    show_section("Performance Metrics")
+    say(f"      Total wall-clock time: {seconds:>10.2f}s")
+    say(f"      Avg generation time:   {average:>12}")
+    say(f"      Min generation time:   {least:>12}")
+    say(f"      Max generation time:   {most:>12}")
+    say(f"      Throughput:            {(done - answered_before) / seconds:>10.2f} req/s")
+    tokens = [record.completion_tokens for record in records if record.completion_tokens]
+    show_section("Token Usage")
+    say(f"      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}")
+    say(f"      Completion tokens: {sum(tokens):>10,}")
+    say(f"      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}")
+    say(f"      Avg completion/req:{sum(tokens) / max(len(tokens), 1):>10,.1f}")
+    show_section("Request-Response Correlation", gap="\n")
+    say("  ID         Status     Question                       Response")
+    say("  ---------- ---------- ------------------------------ -------------------------")
+    is_cut = total > MAX_ROWS  # then those without an answer come first
+    for record in sorted(records, key=lambda each: is_cut and each.outcome == SUCCESS)[:MAX_ROWS]:
+        question = fit(record.question, 28)
+        answer = fit(record.response or "(no text)", 25, at_word=True)
         if record.finish_reason == "length":
             answer = fit(answer, 12) + " [max_tokens]"
-        name, question = fit(str(record.custom_id), 10), fit(fit(record.question, 28), 30)
-        say(f"  {name} {MARKS[record.outcome]} {record.outcome:8} {question} {answer}")
-    if total > MAX_ROWS:
+        if record.outcome != SUCCESS:
+            reason = "interrupted" if record.state == SUBMITTING else ""
+            answer = f"\n{' ' * 13}{fit(record.error or record.response or reason, 300)}"
+        status = f"{record.custom_id or '':10} {MARKS[record.outcome]} {record.outcome:8}"
+        say(f"  {status} {question}{' ' * (30 - width(question))} {answer}".rstrip())
+    if is_cut:
         say(f"  ... and {total - MAX_ROWS} more in {path}")
-    for outcome, advice in (
-        (FAILED, ""),
-        (UNKNOWN, "Perhaps accepted, and paid for: see the dashboard before you send them again."),
-        (PENDING, f"Accepted, and paid for. To go on polling:\n      {resume}"),
-        (NOT_SENT, f"To submit them, and poll what is pending:\n      {resume} --submit"),
-    ):
-        if listed[outcome]:
-            show_list(f"{outcome} Requests", listed[outcome], path)
-            say(f"\n    {advice}".rstrip())
-    return ", ".join(f"{len(listed[each])} {each.lower()}" for each in shown if listed[each])
+    if counts[UNKNOWN]:
+        say("\n  ? Unknown: perhaps accepted, and paid for: see the dashboard before sending again")
+    if counts[PENDING]:
+        say(f"\n  … Pending: accepted, and paid for. To go on polling:\n      {resume}")
+    if counts[NOT_SENT]:
+        say(f"\n  - Not sent: to submit them, and poll what is pending:\n      {resume} --submit")
+    return ", ".join(f"{counts[each]} {each.lower()}" for each in others if counts[each])
 
 
 # --- The script: the results file, the configuration check, main
 
 RESULTS_PREFIX = "async-polling"
 file_lock = threading.Lock()
-EPILOG = """INFERENCE_API_KEY is your key, INFERENCE_BASE_URL an API elsewhere. Exit codes:
-0 all succeeded; 1 not all did; 2 a mistake, nothing was sent; 130 interrupted."""
-GRACE_SECONDS = 2  # at an early end, for exchanges that are under way
 
 
 def append_rows(path: Path, records: Records) -> None:
@@ -605,8 +548,7 @@ def append_rows(path: Path, records: Records) -> None:
 
 def read_results(path: Path) -> tuple[Records, list[bytes]]:
     """Return the last record of each request in a results file, and the lines that are no rows."""
-    records: dict[str | None, Record] = {}
-    others = []
+    records, others = dict[str | None, Record](), list[bytes]()
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
         with suppress(ValueError, TypeError, RecursionError):
             record = Record(**json.loads(line))
@@ -617,28 +559,23 @@ def read_results(path: Path) -> tuple[Records, list[bytes]]:
     return list(records.values()), others
 
 
-def new_run() -> tuple[Records, Path]:
-    """Return the records of a new run, and its results file, which has a row for each of them."""
-    questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
-    digits = max(3, len(str(NUM_REQUESTS)))
-    records = [Record(f"req-{n:0{digits}}", question) for n, question in enumerate(questions, 1)]
-    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
-    path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append_rows(path, records)
-    return records, path
-
-
-def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
-    """Return the records of a results file, and it: by default the newest with a pending one."""
+def open_run(name: str | None, is_submitting: bool) -> tuple[Records, Path]:
+    """Return the records and the results file of a new run, or of the earlier one of that name."""
+    if name is None:
+        questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
+        records = [Record(f"req-{n:03}", question) for n, question in enumerate(questions, 1)]
+        now = datetime.now(timezone.utc)
+        path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now:%Y%m%d-%H%M%S-%f}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_rows(path, records)
+        return records, path
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
         records, damaged = read_results(path)
         if any(name or record.outcome == PENDING for record in records):
             break
     else:
-        what = f"{name} has no row that this script has written"
-        raise ValueError(what if name else f"nothing is pending in {RESULTS_DIR}")
+        raise ValueError(f"there is nothing to resume in {name or RESULTS_DIR}")
     last_line = path.read_bytes().rpartition(b"\n")[2]
     with path.open("ab") as file:
         if last_line in damaged:  # a kill tore it
@@ -655,85 +592,56 @@ def earlier_run(name: str, is_submitting: bool) -> tuple[Records, Path]:
 
 def check_configuration() -> None:
     """Raise ValueError for a mistake that would lead to a hang, a traceback or a loss."""
-    api_key()
-    base_url()
+    _ = base_url(), api_key()  # they raise ValueError too
     counts = (NUM_REQUESTS, MAX_POLL_ATTEMPTS, MAX_CONCURRENT_POLLS)
-    for number in (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS):
-        if not isinstance(number, int | float) or not 0 < number <= 1_000_000:
-            names = "NUM_REQUESTS, MAX_..., POLL_INTERVAL_SECONDS and REQUEST_TIMEOUT_SECONDS"
-            raise ValueError(f"{names} must be numbers above 0, up to 1,000,000, not {number!r}")
-    if not all(isinstance(count, int) for count in counts):
-        raise ValueError(f"NUM_REQUESTS and MAX_... must be whole numbers, not {counts}")
-    questions = SAMPLE_QUESTIONS if isinstance(SAMPLE_QUESTIONS, list) else []
-    if not questions or not all(isinstance(each, str) and each.strip() for each in questions):
-        raise ValueError("SAMPLE_QUESTIONS must be a list of questions, none of them blank")
-    request = json.loads(json.dumps(build_request("any", questions[0])))
+    numbers = (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS)
+    if {int} != {*map(type, counts)} or not all(0 < number <= 1_000_000 for number in numbers):
+        raise ValueError(f"NUM_REQUESTS, MAX_... and ..._SECONDS must be 1 to 1,000,000: {numbers}")
+    if not isinstance(SAMPLE_QUESTIONS, list) or {str} != {*map(type, SAMPLE_QUESTIONS)}:
+        raise ValueError("SAMPLE_QUESTIONS must be a list of texts, and not be empty")
+    request = json.loads(json.dumps(build_request("any", SAMPLE_QUESTIONS[0])))
     if dig(request, str, "metadata", "custom_id") != "any":
         raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
 
 
-def run(records: Records, unsent: Records, path: Path) -> None:
-    """Submit what is unsent, poll what is pending, and show both."""
-    say(f"{RULE}\n INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE\n{RULE}\n")
+def run(records: Records, unsent: Records, path: Path) -> int:
+    """Submit what is unsent, poll what is pending, show both, and return the exit code."""
     job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
+    say(f"{RULE}\n INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE\n{RULE}\n")
     say(f"  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
     say(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
     say(f"    • Concurrent polls: {MAX_CONCURRENT_POLLS}")
-    pool, save = ThreadPoolExecutor(MAX_CONCURRENT_POLLS), partial(append_rows, path)
-    started = time.monotonic()
+    pool, save = ThreadPoolExecutor(MAX_CONCURRENT_POLLS), lambda rows: append_rows(path, rows)
     try:
         if unsent:
-            show_section(f"Submitting {len(unsent)} Requests")
+            show_section(f"Submitting {len(unsent)} Requests", gap="\n")
         with suppress(ApiError):  # it is the error of the requests that were not sent
-            for record in submit_all(pool, unsent, save, partial(show_waiting, unsent, started)):
-                if record.error or record.outcome != NOT_SENT:
-                    show_submission(record)
+            for record in submit_all(pool, unsent, save, lambda: show_live(unsent)):
+                show_submission(record)
         pending = [record for record in records if record.outcome == PENDING]
         if pending:
-            show_section("Polling for Results")
-        tick = partial(show_waiting, pending, started)
-        for done, record in enumerate(poll_all(pool, pending, save, tick), start=1):
+            show_section("Polling for Results", gap="\n")
+        for done, record in enumerate(poll_all(pool, pending, save, lambda: show_live(pending)), 1):
             gauge = f"{bar(done, len(pending), 30)} {done * 100 // len(pending)}%"
             say(f"  [{done:>3}/{len(pending)}] {gauge} {MARKS[record.outcome]} {record.custom_id}")
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def run_and_summarize(records: Records, unsent: Records, path: Path, resume: str) -> int:
-    """Run, show a summary, even if the run has ended early, and return the exit code."""
-    started, answered = time.monotonic(), sum(each.outcome == SUCCESS for each in records)
-    exit_code = 0
-    try:
-        run(records, unsent, path)
+        return 0
     except (ApiError, OSError, KeyboardInterrupt) as error:
-        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        hint = f"up to {GRACE_SECONDS} s for ids on their way; Ctrl-C again ends now"
-        say(f"\n  Stopping: {fit(str(error) or hint, 300).rstrip()}")
+        hint = "up to 2 s for ids on their way; Ctrl-C again ends now"
+        say(f"\n  Stopping: {fit(str(error) or hint, 300)}")
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
-        deadline = time.monotonic() + GRACE_SECONDS
-        for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            with suppress(RuntimeError):  # Ctrl-C came before it had started
-                thread.join(max(0, deadline - time.monotonic()))
-    seconds = time.monotonic() - started
-    answered = sum(each.outcome == SUCCESS for each in records) - answered
-    say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")
-    left = show_summary(records, seconds, answered, path, resume)
-    kept = {record.generation_id for record in (read_results(path)[0] if exit_code else records)}
-    for record in records:
-        if record.generation_id and record.generation_id not in kept:
-            say(f"\n  Keep this id, which the file does not have: {record.generation_id}")
-    ending = f"Not complete: {left or 'stopped'}" if left or exit_code else "Generation complete!"
-    say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
-    return exit_code or (1 if left else 0)
+        pool.shutdown(wait=False)
+        until = time.monotonic() + 2
+        workers = {each for each in threading.enumerate() if each.is_alive()}
+        for thread in workers - {threading.main_thread()}:
+            thread.join(max(0, until - time.monotonic()))
 
 
 def main() -> int:
-    """Read the command line, run, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    resume_help = "submit nothing; poll what FILE, or the newest results file, has pending"
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resume_help)
-    submit_help = "with --resume FILE, whose run must have ended: submit what was not sent"
-    parser.add_argument("--submit", action="store_true", help=submit_help)
+    """Read the command line, run, show the summary, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="poll an earlier run")
+    parser.add_argument("--submit", action="store_true", help="submit the rest of an ended run too")
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")
@@ -741,20 +649,25 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         check_configuration()
-        if options.resume is None:
-            records, path = new_run()
-        else:
-            records, path = earlier_run(options.resume, options.submit)
+        records, path = open_run(options.resume, options.submit)
     except (OSError, ValueError, TypeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    is_submitting = options.resume is None or options.submit
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    is_submitting = options.submit or options.resume is None
     unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
     resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
+    answered_before = sum(record.outcome == SUCCESS for record in records)
     try:
-        return run_and_summarize(records, unsent, path, resume)
+        exit_code = run(records, unsent, path)
+        say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")
+        left = show_summary(records, answered_before, path, resume)
+        on_file = {record.generation_id for record in read_results(path)[0]}
+        for lost_id in {record.generation_id for record in records} - on_file:
+            say(f"\n  Keep this id, which the file does not have: {lost_id}")
+        is_complete = not left and not exit_code
+        ending = "Generation complete!" if is_complete else f"Not complete: {left or 'stopped'}"
+        say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
+        return exit_code or int(not is_complete)
     except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             print(f"\n{path}: {str(error) or 'interrupted'}", file=sys.stderr)
         if any(record.outcome == PENDING for record in records):
@@ -763,6 +676,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if exit_code:  # a worker that is stuck must not hold up the exit
+    if exit_code := main():  # a worker that is stuck must not hold up the exit
         os._exit(exit_code)

@@ -196,14 +196,14 @@ def test_polls_of_a_group_that_fail_are_made_again_and_leave_what_can_be_resumed
     run = group.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
-    for attempt in range(1, len(faults) + 1):  # none of them has ended the polling
-        assert f"[{attempt:>3}] |░" in run.stdout
+    polls = [method for method, _ in group.api.exchanges if method == "GET"]
+    assert len(polls) == len(faults)  # none of them has ended the polling
     assert "Not complete: 4 pending" in run.stdout
     check_resume_command(run)
     group.api.choose_fault = in_turn(faults[:3])
     resumed = group.run("--resume")
     assert resumed.code == 0, resumed.stdout
-    assert "[  3] |░" in resumed.stdout
+    assert "[  1] |░" in resumed.stdout
     assert "[  4] |███" in resumed.stdout
 
 
@@ -420,9 +420,8 @@ def test_a_refused_submission_fails_alone(example: Example, fault: local_api.Fau
 def test_a_refusal_is_shown_in_the_servers_words(example: Example) -> None:
     example.api.choose_fault = faulty(status(400, "too many tokens"), polls=False, only="req-002")
     run = example.run()
-    table, details = run.stdout.split("Failed Requests")
-    assert "HTTP 400: too many tokens" in table.split("Response\n")[1]
-    assert "✗ req-002: HTTP 400: too many tokens" in details
+    row = r"^  req-002    ✗ Failed .*\n             HTTP 400: too many tokens$"
+    assert re.search(row, run.stdout, re.M)
     assert run.final["req-002"]["error"] == "HTTP 400: too many tokens"
 
 
