@@ -88,7 +88,7 @@ class NotAccepted(ApiError):
 
 
 class Uncertain(ApiError):
-    """The exchange may have had an effect: repeat a submission, and it may be paid for twice."""
+    """The exchange may have had an effect. To repeat a submission may be to pay for it twice."""
 
 
 def submit_group(session: Session, requests: list[Json], timeout_seconds: float) -> str:
@@ -115,7 +115,7 @@ def exchange(
 ) -> Json:
     """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
 
-    timeout_seconds limits connecting and each wait for data; twice that, an answer that drips.
+    timeout_seconds limits connecting and each wait for data; the whole answer may take twice that.
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -129,7 +129,7 @@ def exchange(
             auth=lambda request: request,  # without one, an entry in .netrc replaces the key
             timeout=timeout_seconds,
             allow_redirects=False,
-            # Without a Location, requests does not prepare a redirect, and rewind the payload.
+            # With a Location, requests would prepare a redirect, and may rewind the payload.
             hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
@@ -144,7 +144,7 @@ def exchange(
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
     with response, suppress(Exception):  # what has come is judged below, even if it is cut off
-        for chunk in response.iter_content(64):  # small: each is waited for until it is full
+        for chunk in response.iter_content(64):  # small, as it waits for a full chunk
             content += chunk
             if time.monotonic() > deadline:
                 break
@@ -155,7 +155,7 @@ def exchange(
     with suppress(ValueError, RecursionError):
         if isinstance(answer := json.loads(content), dict):
             return answer
-    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
+    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {bytes(content)!r}")
 
 
 def api_key() -> str:
@@ -197,7 +197,7 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
 # --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-# Our own. SUBMITTING is saved just before a request is sent: after a kill, it may be accepted.
+# Our own. SUBMITTING is saved before a request is sent; after a kill, it may have been accepted.
 NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
 NO_MATCH = "No match"  # a generation of the group that answers none of its questions
 
@@ -221,7 +221,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """What has become of it: SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH."""
+        """The result so far: SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH."""
         if self.state in (SUCCESS, FAILED):
             return self.state if self.custom_id else NO_MATCH
         if self.group_id:
@@ -230,7 +230,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. Only its state has to be there, and of the right type."""
+    """Copy a generation into its record. Only its state is required."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -260,7 +260,7 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 
 # A worker thread makes the exchanges, changes the records and saves them: an id is saved by the
 # thread that receives it, even if the caller's thread is slow or has been stopped. The caller's
-# thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
+# thread hands out the work and waits. Once the event named stop is set, no attempt begins.
 
 MAX_SUBMIT_ATTEMPTS = 5
 TICK_SECONDS = 0.05
@@ -268,7 +268,7 @@ Records = list[Record]
 Save = Callable[[Records], object]  # called in the worker thread
 Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
 session = Session()  # one is enough, as there is one exchange at a time
-held_until = 0.0  # no exchange begins before this time.monotonic()
+held_until = 0.0  # no attempt begins before this time.monotonic()
 
 
 def submit_all(
@@ -276,9 +276,9 @@ def submit_all(
 ) -> Iterator[Records]:
     """Submit the requests as one group; yield the records when the submission has ended.
 
-    Nothing is sent until one iterates. save gets the records before and after each attempt. tick
-    is called every TICK_SECONDS while waiting. Raises TimeoutError if the worker is stuck; after
-    the records, LockedOut, NotAccepted (the API is down, or has no room) or what save raised.
+    Nothing is sent until you iterate. save gets the records, or copies, before and after each
+    attempt; tick is called every TICK_SECONDS. Raises TimeoutError (a stuck worker); after the
+    records, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
     try:
@@ -296,7 +296,7 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
         if records[0].outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
-            return
+            return  # they are sent, or stop is set
         # What cannot be saved is not sent: the records themselves change only after that.
         save([replace(record, state=SUBMITTING, error=None) for record in records])
         mark(records, SUBMITTING)
@@ -312,7 +312,7 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
             hold_back(error.retry_after_seconds)
             if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                 raise
-        except (LockedOut, ValueError, TypeError) as error:
+        except (LockedOut, ValueError, TypeError) as error:  # the last two: before sending
             mark(records, NOT_SENT, error=error)
             raise
         finally:
@@ -354,7 +354,7 @@ def poll(records: Records, save: Save, stop: threading.Event, wait_seconds: floa
     try:
         generations = fetch_group(session, str(pending[0].group_id), REQUEST_TIMEOUT_SECONDS)
         trouble = None
-    except ApiError as error:
+    except ApiError as error:  # whatever it is: a poll costs nothing
         generations, trouble = [], str(error)
         hold_back(error.retry_after_seconds)
         if isinstance(error, LockedOut):
@@ -398,9 +398,9 @@ def wait_to_send(seconds: float, stop: threading.Event) -> bool:
 
 
 def wait_for(future: Future[Any], tick: Tick) -> None:
-    """Wait until a future is done; TimeoutError if its worker is stuck, as on an endless header."""
+    """Wait until a future is done; TimeoutError if its worker is stuck, as on endless headers."""
     since = time.monotonic()
-    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts at six addresses, and backoff
+    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts, six IP addresses each
     while not wait([future], TICK_SECONDS).done:
         if time.monotonic() > max(since + POLL_INTERVAL_SECONDS, held_until) + limit_seconds:
             raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")

@@ -90,7 +90,7 @@ class NotAccepted(ApiError):
 
 
 class Uncertain(ApiError):
-    """The exchange may have had an effect: repeat a submission, and it may be paid for twice."""
+    """The exchange may have had an effect. To repeat a submission may be to pay for it twice."""
 
 
 def submit_generation(session: Session, request: Json, timeout_seconds: float) -> str:
@@ -103,7 +103,7 @@ def submit_generation(session: Session, request: Json, timeout_seconds: float) -
 
 
 def fetch_generation(session: Session, generation_id: str, timeout_seconds: float) -> Json:
-    """GET /v1/generation/{id}: return the generation, or raise ApiError (at first a 404)."""
+    """GET /v1/generation/{id}: return the generation, or raise ApiError (for a new one, 404)."""
     answer = exchange(session, "GET", f"/generation/{generation_id}", timeout_seconds)
     if not isinstance(answer.get("state"), str) or answer.get("id") not in (None, generation_id):
         raise Uncertain(f"the answer is not the state of {generation_id}: {answer}")
@@ -115,7 +115,7 @@ def exchange(
 ) -> Json:
     """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
 
-    timeout_seconds limits connecting and each wait for data; twice that, an answer that drips.
+    timeout_seconds limits connecting and each wait for data; the whole answer may take twice that.
     """
     url, key = base_url() + path, api_key()
     # requests reads a file object only once a connection is open: tell() says if it was sent.
@@ -129,7 +129,7 @@ def exchange(
             auth=lambda request: request,  # without one, an entry in .netrc replaces the key
             timeout=timeout_seconds,
             allow_redirects=False,
-            # Without a Location, requests does not prepare a redirect, and rewind the payload.
+            # With a Location, requests would prepare a redirect, and may rewind the payload.
             hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
             stream=True,
             proxies={"http": ""},  # plain http never leaves this machine: see base_url
@@ -144,7 +144,7 @@ def exchange(
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
     with response, suppress(Exception):  # what has come is judged below, even if it is cut off
-        for chunk in response.iter_content(64):  # small: each is waited for until it is full
+        for chunk in response.iter_content(64):  # small, as it waits for a full chunk
             content += chunk
             if time.monotonic() > deadline:
                 break
@@ -155,7 +155,7 @@ def exchange(
     with suppress(ValueError, RecursionError):
         if isinstance(answer := json.loads(content), dict):
             return answer
-    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {content[:200]!r}")
+    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {bytes(content)!r}")
 
 
 def api_key() -> str:
@@ -197,7 +197,7 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
 # --- The record: a request, its state and its answer
 
 QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-# Our own. SUBMITTING is saved just before a request is sent: after a kill, it may be accepted.
+# Our own. SUBMITTING is saved before a request is sent; after a kill, it may have been accepted.
 NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
 
 
@@ -219,7 +219,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """What the request has come to: SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT."""
+        """The result so far: SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT."""
         if self.state in (SUCCESS, FAILED):
             return self.state
         if self.generation_id:
@@ -228,7 +228,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. Only its state has to be there, and of the right type."""
+    """Copy a generation into its record. Only its state is required."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -258,7 +258,7 @@ def dig(value: Any, kind: type, *path: str | int) -> Any:
 
 # Worker threads make the exchanges, change the records and save them: an id is saved by the
 # thread that receives it, even if the caller's thread is slow or has been stopped. The caller's
-# thread hands out the work and waits. Once the event named stop is set, nothing more is sent.
+# thread hands out the work and waits. Once the event named stop is set, no attempt begins.
 
 MAX_SUBMIT_ATTEMPTS = 5
 TICK_SECONDS = 0.05
@@ -267,7 +267,7 @@ Save = Callable[[Records], object]  # called in worker threads, several at a tim
 Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
 sessions: defaultdict[int, Session] = defaultdict(Session)  # one for each thread, by its ident
 hold_lock = threading.Lock()
-held_until = 0.0  # no exchange begins before this time.monotonic()
+held_until = 0.0  # no attempt begins before this time.monotonic()
 
 
 def submit_all(
@@ -275,9 +275,9 @@ def submit_all(
 ) -> Iterator[Record]:
     """Submit each request; yield the records in their order, each when its submission has ended.
 
-    Nothing is sent until one iterates; leaving the loop cancels what has not begun. save gets the
-    record before and after each attempt; tick is called every TICK_SECONDS. Raises TimeoutError
-    if a worker is stuck; after the last record, LockedOut, NotAccepted or what save raised.
+    Nothing is sent until you iterate; leaving the loop cancels what has not begun. save gets a list
+    of the record, or of a copy, before and after each attempt. tick is called every TICK_SECONDS.
+    Raises TimeoutError if stuck; after the last record, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
     try:
@@ -301,7 +301,7 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
         for attempt in range(MAX_SUBMIT_ATTEMPTS):
             backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
             if record.outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
-                return
+                return  # it is sent, or stop is set
             # What cannot be saved is not sent: the record itself changes only after that.
             save([replace(record, state=SUBMITTING, error=None)])
             record.state, record.error = SUBMITTING, None
@@ -319,7 +319,7 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
                 hold_back(error.retry_after_seconds)
                 if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                     raise
-            except (LockedOut, ValueError, TypeError) as error:
+            except (LockedOut, ValueError, TypeError) as error:  # the last two: before sending
                 record.state, record.error = NOT_SENT, str(error)
                 raise
             finally:
@@ -353,7 +353,7 @@ def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) 
             try:
                 future = done.get(timeout=TICK_SECONDS)
             except queue.Empty:
-                check_stall(now if waiting else last_event)
+                check_stall(now if waiting else last_event)  # not while some wait for their time
                 continue
             last_event = time.monotonic()
             attempt, record = polled.pop(future)
@@ -373,7 +373,7 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
     try:
         session, generation_id = sessions[threading.get_ident()], str(record.generation_id)
         generation = fetch_generation(session, generation_id, REQUEST_TIMEOUT_SECONDS)
-    except ApiError as error:
+    except ApiError as error:  # whatever it is: a poll costs nothing
         record.error = str(error)
         hold_back(error.retry_after_seconds)
         if isinstance(error, LockedOut):
@@ -383,7 +383,7 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
     copy_generation(generation, final)
     if final.outcome != PENDING:
         save([final])  # if this fails, the record stays pending
-    copy_generation(generation, record)
+    copy_generation(generation, record)  # this clears the error of an earlier poll
 
 
 def hold_back(seconds: float) -> None:
@@ -402,8 +402,8 @@ def wait_to_send(seconds: float, stop: threading.Event) -> bool:
 
 
 def check_stall(since: float) -> None:
-    """Raise TimeoutError if a worker is stuck, for example on a header that never ends."""
-    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts at six addresses, and backoff
+    """Raise TimeoutError if a worker is stuck, for example on headers that never end."""
+    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts, six IP addresses each
     if time.monotonic() > max(since, held_until) + limit_seconds:
         raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
 
