@@ -143,7 +143,7 @@ def exchange(
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-    with response, suppress(Exception):  # what has come is judged below, even if it is cut off
+    with response, suppress(Exception):  # a partial body is judged below
         for chunk in response.iter_content(64):  # small, as it waits for a full chunk
             content += chunk
             if time.monotonic() > deadline:
@@ -230,7 +230,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. Only its state is required."""
+    """Copy a generation into its record, and clear its error, unless the generation failed."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -295,9 +295,9 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
     requests = [build_request(str(record.custom_id), record.question) for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-        if records[0].outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
-            return  # they are sent, or stop is set
-        # What cannot be saved is not sent: the records themselves change only after that.
+        if records[0].state != NOT_SENT or not wait_to_send(backoff_seconds, stop):
+            return  # Queued, Failed or Unknown by now, or told to stop
+        # Save first: if that fails, nothing is sent, and the records stay as they are.
         save([replace(record, state=SUBMITTING, error=None) for record in records])
         mark(records, SUBMITTING)
         try:
@@ -312,7 +312,7 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
             hold_back(error.retry_after_seconds)
             if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                 raise
-        except (LockedOut, ValueError, TypeError) as error:  # the last two: before sending
+        except (LockedOut, ValueError, TypeError) as error:  # no key; a request that is no JSON
             mark(records, NOT_SENT, error=error)
             raise
         finally:

@@ -143,7 +143,7 @@ def exchange(
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-    with response, suppress(Exception):  # what has come is judged below, even if it is cut off
+    with response, suppress(Exception):  # a partial body is judged below
         for chunk in response.iter_content(64):  # small, as it waits for a full chunk
             content += chunk
             if time.monotonic() > deadline:
@@ -228,7 +228,7 @@ class Record:
 
 
 def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record. Only its state is required."""
+    """Copy a generation into its record, and clear its error, unless the generation failed."""
     record.state = generation["state"]
     reason = dig(generation, str, "stateMessage") or "no reason given"
     record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
@@ -275,8 +275,8 @@ def submit_all(
 ) -> Iterator[Record]:
     """Submit each request; yield the records in their order, each when its submission has ended.
 
-    Nothing is sent until you iterate; leaving the loop cancels what has not begun. save gets a list
-    of the record, or of a copy, before and after each attempt. tick is called every TICK_SECONDS.
+    Nothing is sent until you iterate; leaving the loop cancels what has not begun. save gets
+    [record], or [a copy of it], before and after each attempt. tick is called every TICK_SECONDS.
     Raises TimeoutError if stuck; after the last record, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
@@ -300,9 +300,9 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
     try:
         for attempt in range(MAX_SUBMIT_ATTEMPTS):
             backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-            if record.outcome != NOT_SENT or not wait_to_send(backoff_seconds, stop):
-                return  # it is sent, or stop is set
-            # What cannot be saved is not sent: the record itself changes only after that.
+            if record.state != NOT_SENT or not wait_to_send(backoff_seconds, stop):
+                return  # Queued, Failed or Unknown by now, or told to stop
+            # Save first: if that fails, nothing is sent, and the record stays as it is.
             save([replace(record, state=SUBMITTING, error=None)])
             record.state, record.error = SUBMITTING, None
             try:
@@ -319,7 +319,7 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
                 hold_back(error.retry_after_seconds)
                 if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                     raise
-            except (LockedOut, ValueError, TypeError) as error:  # the last two: before sending
+            except (LockedOut, ValueError, TypeError) as error:  # no key; a request that is no JSON
                 record.state, record.error = NOT_SENT, str(error)
                 raise
             finally:
@@ -335,28 +335,28 @@ def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) 
     tick is as in submit_all; save gets what is final. After MAX_POLL_ATTEMPTS polls a record stays
     pending. Raises LockedOut, what save raised, or TimeoutError if workers are stuck.
     """
-    stop = threading.Event()
+    stop, done = threading.Event(), queue.SimpleQueue[Future[None]]()
     # (when it is due, which attempt, record): in order of time, as all have the same interval
     waiting = deque((0.0, 1, record) for record in records if record.outcome == PENDING)
-    polled: dict[Future[None], tuple[int, Record]] = {}
-    done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+    in_flight: dict[Future[None], tuple[int, Record]] = {}
     try:
-        while waiting or polled:
+        while waiting or in_flight:
             tick()
             now = time.monotonic()
+            if waiting:  # until all are in flight, nothing counts as stuck
+                last_event = now
             while waiting and waiting[0][0] <= now:
                 _, attempt, record = waiting.popleft()
                 future = pool.submit(poll, record, save, stop)
-                polled[future] = attempt, record
+                in_flight[future] = attempt, record
                 future.add_done_callback(done.put)
-                last_event = now
             try:
                 future = done.get(timeout=TICK_SECONDS)
             except queue.Empty:
-                check_stall(now if waiting else last_event)  # not while some wait for their time
+                check_stall(last_event)
                 continue
             last_event = time.monotonic()
-            attempt, record = polled.pop(future)
+            attempt, record = in_flight.pop(future)
             future.result()
             if record.outcome != PENDING:
                 yield record
@@ -383,7 +383,7 @@ def poll(record: Record, save: Save, stop: threading.Event) -> None:
     copy_generation(generation, final)
     if final.outcome != PENDING:
         save([final])  # if this fails, the record stays pending
-    copy_generation(generation, record)  # this clears the error of an earlier poll
+    copy_generation(generation, record)
 
 
 def hold_back(seconds: float) -> None:

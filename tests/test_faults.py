@@ -575,6 +575,7 @@ def test_flaky_has_only_such_submissions_sent_again_as_did_no_harm() -> None:
 ECHOES = {
     "in an error": status(400, f"bad key {API_KEY}!"),
     "in a long error": status(400, "x" * 990 + API_KEY),
+    "in what is no JSON": body(b"x" * 178 + API_KEY.encode(), "text/plain"),
     "in plain text": body(f"Bearer {API_KEY}".encode(), "text/plain", 400),
     "in HTML": body(f"<p>Bearer {API_KEY}</p>".encode(), "text/html", 403),
     "in an id": body(json.dumps({"id": f"a.{API_KEY}", "groupId": f"a.{API_KEY}"}).encode()),

@@ -236,6 +236,50 @@ def test_the_story_works_when_it_is_copied_alone(script: str, api: LocalApi) -> 
     assert api.made_again() == 0
 
 
+ENDS = {"LockedOut": status(402, "no credit"), "NotAccepted": status(429), "OSError": None}
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_the_submitting_is_raised_after_the_last_record(
+    script: str, end: str, api: LocalApi
+) -> None:
+    part = copied(re.sub(r"^(MAX_SUBMIT_ATTEMPTS) = .*", r"\1 = 1", story(script), flags=re.M))
+    records = [part["Record"](f"my-{number}", "Why?") for number in range(3)]
+    api.choose_fault = lambda request, body: ENDS[end]
+    submitted: list[Any] = []
+
+    def save(rows: list[Any]) -> None:
+        if end == "OSError":
+            raise OSError("no room")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(part.get(end, OSError)):  # noqa: PT012
+        for each in part["submit_all"](pool, records, save):
+            submitted.append(each)
+    assert submitted == (records if script == SINGLE else [records])
+    assert [record.outcome for record in records] == ["Not sent"] * 3
+    assert len(api.exchanges) == (0 if end == "OSError" else 1)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_answer_that_cannot_be_saved_stays_pending(script: str, api: LocalApi) -> None:
+    part = copied(story(script))
+    records = [part["Record"]("my-1", "Why?")]
+
+    def fail(rows: list[Any]) -> None:
+        raise OSError("no room")
+
+    with ThreadPoolExecutor(1) as pool:
+        list(part["submit_all"](pool, records, list))
+        with pytest.raises(OSError, match="no room"):
+            list(part["poll_all"](pool, records, fail))
+        assert [record.outcome for record in records] == ["Pending"]
+        list(part["poll_all"](pool, records, list))
+    assert [record.outcome for record in records] == ["Success"]
+
+
 CHAT = {"model": "any", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
 
