@@ -33,7 +33,7 @@ from urllib3.util import Retry
 NUM_REQUESTS = 10  # how many to submit, up to 50; the questions repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
 POLL_INTERVAL_SECONDS = 2  # between two polls of the group; raise it to wait for hours
-MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; a resumed run counts anew
+MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; a resumed run starts at 0
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
@@ -276,9 +276,9 @@ def submit_all(
 ) -> Iterator[Records]:
     """Submit the requests as one group; yield the records when the submission has ended.
 
-    Nothing is sent until you iterate. save gets the records, or copies, before and after each
-    attempt; tick is called every TICK_SECONDS. Raises TimeoutError (a stuck worker); after the
-    records, LockedOut, NotAccepted or what save raised.
+    Nothing is sent until you iterate. save gets copies before each attempt, and the records after
+    it. tick is called about every TICK_SECONDS. Raises TimeoutError if stuck; after the records,
+    LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
     try:
@@ -312,7 +312,7 @@ def submit(records: Records, save: Save, stop: threading.Event) -> None:
             hold_back(error.retry_after_seconds)
             if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                 raise
-        except (LockedOut, ValueError, TypeError) as error:  # no key; a request that is no JSON
+        except (LockedOut, ValueError, TypeError) as error:  # no key; a non-JSON request
             mark(records, NOT_SENT, error=error)
             raise
         finally:

@@ -34,7 +34,7 @@ from urllib3.util import Retry
 NUM_REQUESTS = 10  # how many to submit; the questions repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
 POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it to wait for hours
-MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; a resumed run counts anew
+MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; a resumed run starts at 0
 MAX_CONCURRENT_POLLS = 5  # worker threads, for submissions and polls; one connection each
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
@@ -276,7 +276,7 @@ def submit_all(
     """Submit each request; yield the records in their order, each when its submission has ended.
 
     Nothing is sent until you iterate; leaving the loop cancels what has not begun. save gets
-    [record], or [a copy of it], before and after each attempt. tick is called every TICK_SECONDS.
+    [a copy] before each attempt, and [record] after it. tick is called about every TICK_SECONDS.
     Raises TimeoutError if stuck; after the last record, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
@@ -319,7 +319,7 @@ def submit(record: Record, save: Save, stop: threading.Event) -> None:
                 hold_back(error.retry_after_seconds)
                 if attempt == MAX_SUBMIT_ATTEMPTS - 1:
                     raise
-            except (LockedOut, ValueError, TypeError) as error:  # no key; a request that is no JSON
+            except (LockedOut, ValueError, TypeError) as error:  # no key; a non-JSON request
                 record.state, record.error = NOT_SENT, str(error)
                 raise
             finally:
@@ -343,7 +343,7 @@ def poll_all(pool: Executor, records: Records, save: Save, tick: Tick = object) 
         while waiting or in_flight:
             tick()
             now = time.monotonic()
-            if waiting:  # until all are in flight, nothing counts as stuck
+            if waiting:  # while any are waiting, nothing is stuck
                 last_event = now
             while waiting and waiting[0][0] <= now:
                 _, attempt, record = waiting.popleft()
