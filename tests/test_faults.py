@@ -538,6 +538,14 @@ def test_an_answer_that_comes_late_is_taken(example: Example, polls: bool) -> No
     assert set(run.states.values()) == {"Success"}
 
 
+def test_a_wait_for_the_next_poll_is_not_taken_for_a_stuck_worker(example: Example) -> None:
+    limit = "limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20"
+    example.replace(limit, "limit_seconds = REQUEST_TIMEOUT_SECONDS")
+    example.edit(REQUEST_TIMEOUT_SECONDS=1, POLL_INTERVAL_SECONDS=2.5)
+    example.api.choose_fault = faulty(status(404), polls=True, times=1)
+    assert example.run().code == 0
+
+
 @pytest.mark.parametrize("polls", [True, False], ids=["polling", "submitting"])
 def test_a_header_that_drips_for_ever_is_not_waited_for(example: Example, polls: bool) -> None:
     limit = "limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20"

@@ -431,6 +431,8 @@ def test_a_certificate_that_is_not_trusted(tls_example: Example) -> None:
     assert "certificate verify failed" in run.stdout
     assert set(run.states.values()) == {"Not sent"}
     assert "SSLError" in run.final["req-001"]["error"]
+    attempts = [row["custom_id"] for row in run.rows if row["state"] == "Submitting"]
+    assert len(attempts) == len(set(attempts))  # none of them is tried again
     assert not tls_example.api.exchanges
 
 

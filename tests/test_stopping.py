@@ -342,6 +342,7 @@ def test_with_nothing_pending_nothing_is_sent(example: Example) -> None:
     resumed = example.run("--resume", str(run.results))
     assert resumed.code == 0
     assert "Successful:     4" in resumed.stdout
+    assert re.search(r"^      Throughput: +0\.00 req/s$", resumed.stdout, re.M)
     assert len(example.api.exchanges) == sent
     assert run.results.read_bytes() == before
     none = example.run("--resume")
