@@ -143,7 +143,7 @@ def exchange(
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-    with response, suppress(Exception):  # a partial body is judged below
+    with response, suppress(Exception):  # what came until then is judged below
         for chunk in response.iter_content(64):  # small, as it waits for a full chunk
             content += chunk
             if time.monotonic() > deadline:
@@ -180,7 +180,7 @@ def status_error(response: Response, text: str, method: str) -> ApiError:
     status, retry_after_seconds = response.status_code, 0.0
     with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
         text = str(json.loads(text)["error"]["message"])
-    reason = f"HTTP {status}: " + (re.sub(r"<[^>]*>|\s+", " ", text).strip() or response.reason)
+    reason = f"HTTP {status}: " + (re.sub(r"(<[^>]*>|\s)+", " ", text).strip() or response.reason)
     with suppress(Exception):  # the header is missing, or cannot be read
         retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
         reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
@@ -539,6 +539,7 @@ file_lock = threading.Lock()
 def append_rows(path: Path, records: Records) -> None:
     """Append a row for each record, in one write; raise OSError if it does not take them all."""
     rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock, path.open("ab", buffering=0) as file:
         written = file.write(rows)
         if written < len(rows):  # the next row must not be glued to half a row
@@ -566,7 +567,6 @@ def open_run(name: str | None, is_submitting: bool) -> tuple[Records, Path]:
         records = [Record(f"req-{n:03}", question) for n, question in enumerate(questions, 1)]
         now = datetime.now(timezone.utc)
         path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now:%Y%m%d-%H%M%S-%f}.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
         append_rows(path, records)
         return records, path
     newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
@@ -660,8 +660,8 @@ def main() -> int:
         exit_code = run(records, unsent, path)
         say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")
         left = show_summary(records, answered_before, path, resume)
-        on_file = {record.generation_id for record in read_results(path)[0]}
-        for lost_id in {record.generation_id for record in records} - on_file:
+        kept = {each.generation_id for each in (read_results(path)[0] if path.exists() else [])}
+        for lost_id in {record.generation_id for record in records} - kept - {None}:
             say(f"\n  Keep this id, which the file does not have: {lost_id}")
         is_complete = not left and not exit_code
         ending = "Generation complete!" if is_complete else f"Not complete: {left or 'stopped'}"

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -534,6 +535,19 @@ def test_ids_that_are_not_on_file_are_listed_uncut(single: Example) -> None:
     assert run.code == 1
     assert not_on_file(run) == set(single.api.generations)
     assert len(single.api.generations) == 60
+
+
+def test_ids_are_shown_when_the_results_folder_is_deleted(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
+    gate = Gate("GET", then=stall)
+    example.api.choose_fault = gate
+    process = example.start()
+    assert gate.arrived.wait(30)
+    shutil.rmtree(example.folder / "results")
+    process.send_signal(signal.SIGINT)
+    run = example.finish(process)
+    assert run.code == 130
+    assert not_on_file(run) == paid(example)
 
 
 def test_a_full_disk_of_a_group(group: Example) -> None:
