@@ -532,7 +532,7 @@ def show_summary(records: Records, answered_before: int, path: Path, resume: str
 
 # --- The script: the results file, the configuration check, main
 
-RESULTS_PREFIX = "async-polling"
+PREFIX = "async-polling"  # of the names of results files
 file_lock = threading.Lock()
 
 
@@ -565,11 +565,10 @@ def open_run(name: str | None, is_submitting: bool) -> tuple[Records, Path]:
     if name is None:
         questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
         records = [Record(f"req-{n:03}", question) for n, question in enumerate(questions, 1)]
-        now = datetime.now(timezone.utc)
-        path = Path(RESULTS_DIR, f"{RESULTS_PREFIX}-{now:%Y%m%d-%H%M%S-%f}.jsonl")
+        path = Path(RESULTS_DIR, f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.jsonl")
         append_rows(path, records)
         return records, path
-    newest_first = sorted(Path(RESULTS_DIR).glob(f"{RESULTS_PREFIX}-*.jsonl"), reverse=True)
+    newest_first = sorted(Path(RESULTS_DIR).glob(f"{PREFIX}-*.jsonl"), reverse=True)
     for path in [Path(name)] if name else newest_first:
         records, damaged = read_results(path)
         if any(name or record.outcome == PENDING for record in records):
@@ -660,9 +659,10 @@ def main() -> int:
         exit_code = run(records, unsent, path)
         say(f"\n{RULE}\n ASYNC GENERATION SUMMARY\n{RULE}")
         left = show_summary(records, answered_before, path, resume)
-        kept = {each.generation_id for each in (read_results(path)[0] if path.exists() else [])}
-        for lost_id in {record.generation_id for record in records} - kept - {None}:
-            say(f"\n  Keep this id, which the file does not have: {lost_id}")
+        if left or exit_code:
+            kept = {each.generation_id for each in (read_results(path)[0] if path.exists() else [])}
+            for lost_id in {record.generation_id for record in records} - kept - {None}:
+                say(f"\n  Keep this id, which the file does not have: {lost_id}")
         is_complete = not left and not exit_code
         ending = "Generation complete!" if is_complete else f"Not complete: {left or 'stopped'}"
         say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")

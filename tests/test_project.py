@@ -55,7 +55,7 @@ DIFFERENT = {
     *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS"),  # configuration
     *("Record", "Save", "submit_all", "submit", "poll_all", "poll", "hold_back"),  # the work
     "MARKS",  # the screen
-    *("RESULTS_PREFIX", "check_configuration", "run", "main"),  # the script
+    *("PREFIX", "check_configuration", "run", "main"),  # the script
 }
 # ... and what only one of them has.
 ONLY_SINGLE = {
