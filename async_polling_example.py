@@ -142,6 +142,7 @@ def exchange(
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             raise LockedOut(reason) from error
         raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
+    response.raw.enforce_content_length = False  # an answer that is whole JSON is not cut off
     deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
     with response, suppress(Exception):  # what came until then is judged below
         for chunk in response.iter_content(64):  # small, as it waits for a full chunk
@@ -414,8 +415,7 @@ MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: 
 MAX_ROWS = 50  # of the table
 MAX_SILENCE_SECONDS = 60  # in a pipe or a file
 RULE = "=" * 80
-live_columns = 0  # the width of the live line, if there is one
-started_at, said_at = time.monotonic(), 0.0  # the start, and the last print
+live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # live_columns: its width
 
 
 def width(text: str) -> int:
