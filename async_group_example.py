@@ -113,7 +113,7 @@ def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
+    """Make one HTTP request; return its JSON object. Raises ApiError; ValueError before sending.
 
     timeout_seconds limits connecting and each wait for data; the whole answer may take twice that.
     """
@@ -278,7 +278,7 @@ def submit_all(
     """Submit the requests as one group; yield the records when the submission has ended.
 
     Nothing is sent until you iterate. save gets copies before each attempt, and the records after
-    it. tick is called about every TICK_SECONDS. Raises TimeoutError if stuck; after the records,
+    it. tick is called often while you wait. Raises TimeoutError if stuck; after the records,
     LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
@@ -414,7 +414,7 @@ MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: 
 MAX_ROWS = 50  # of the table
 MAX_SILENCE_SECONDS = 60  # in a pipe or a file
 RULE = "=" * 80
-live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # live_columns: its width
+live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # columns of the live line
 
 
 def width(text: str) -> int:

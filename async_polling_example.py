@@ -113,7 +113,7 @@ def fetch_generation(session: Session, generation_id: str, timeout_seconds: floa
 def exchange(
     session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
 ) -> Json:
-    """Make one HTTP request; return the JSON object of the answer, or raise ApiError.
+    """Make one HTTP request; return its JSON object. Raises ApiError; ValueError before sending.
 
     timeout_seconds limits connecting and each wait for data; the whole answer may take twice that.
     """
@@ -277,7 +277,7 @@ def submit_all(
     """Submit each request; yield the records in their order, each when its submission has ended.
 
     Nothing is sent until you iterate; leaving the loop cancels what has not begun. save gets
-    [a copy] before each attempt, and [record] after it. tick is called about every TICK_SECONDS.
+    [a copy] before each attempt, and [record] after it. tick is called often while you wait.
     Raises TimeoutError if stuck; after the last record, LockedOut, NotAccepted or what save raised.
     """
     stop = threading.Event()
@@ -415,7 +415,7 @@ MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: 
 MAX_ROWS = 50  # of the table
 MAX_SILENCE_SECONDS = 60  # in a pipe or a file
 RULE = "=" * 80
-live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # live_columns: its width
+live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # columns of the live line
 
 
 def width(text: str) -> int:

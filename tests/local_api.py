@@ -426,6 +426,15 @@ async def answer_slowly(request: web.Request, proceed: Proceed) -> web.StreamRes
     return await close(request, proceed)
 
 
+async def overstate(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+    """Answer properly, but announce more bytes than there are."""
+    assert isinstance(request.transport, asyncio.Transport)
+    content = (await proceed()).body  # type: ignore[attr-defined]
+    header = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(content) + 10)
+    request.transport.write(header + content)
+    return await close(request, proceed)
+
+
 async def garble(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     """Answer with what is no HTTP."""
     assert isinstance(request.transport, asyncio.Transport)
