@@ -3,7 +3,33 @@
 # requires-python = ">=3.10"
 # dependencies = ["requests"]
 # ///
-"""Ask inference.net's Asynchronous API questions, as one group, and poll for all the answers."""
+"""Ask inference.net's Asynchronous API questions, as one group, and poll for all the answers.
+
+    uv run async_group_example.py                         submit all questions and poll
+    uv run async_group_example.py --resume                poll for what is still pending
+    uv run async_group_example.py --resume FILE --submit  submit what was not sent, and poll
+
+INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one.
+
+The life of a request:
+
+    Not sent -> Submitting -> Queued -> In Progress -> Success, or Failed
+                    |
+                    +-> Not sent   surely not accepted: sent again, up to five times in all
+                    +-> Failed     refused
+                    +-> Unknown    perhaps accepted, and paid for: never sent again
+
+The parts of this file:
+
+    Configuration   what you edit: constants, questions, and the request for a question
+    The API         Client, with a method for each endpoint, and the four exceptions it raises
+    The records     Record, a request and what has come of it; Results, the file that keeps them
+    The work        submit_all and poll_all, whose worker threads call the API and save
+    The screen      everything that prints
+    The script      the check of the configuration, the files of a run, and main
+
+To build upon it, import Client, Results, new_record, submit_all and poll_all.
+"""
 
 import argparse
 import io
@@ -12,28 +38,38 @@ import os
 import random
 import re
 import shlex
+import shutil
+import signal
+import sqlite3
 import sys
+import textwrap
 import threading
-import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from threading import Event, Lock, Thread
+from time import monotonic, sleep
 from typing import Any
+from urllib.parse import urlsplit
 
-from requests import Response, Session
-from urllib3.util import Retry
+from requests import PreparedRequest, Response, Session
+from urllib3 import HTTPResponse, Retry
+from urllib3.exceptions import HTTPError
+
+Json = dict[str, Any]
 
 # --- Configuration: what you edit
 
-NUM_REQUESTS = 10  # how many to submit, up to 50; the questions repeat if there are fewer
+NUM_REQUESTS = 10  # how many questions to ask, up to 50; they repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
+MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut off
 POLL_INTERVAL_SECONDS = 2  # between two polls of the group; raise it to wait for hours
-MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; a resumed run starts at 0
+MAX_POLL_ATTEMPTS = 120  # polls of the group in one run; a resumed run begins again
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
@@ -51,168 +87,253 @@ SAMPLE_QUESTIONS = [
 ]
 
 
-def build_request(custom_id: str, question: str) -> dict[str, Any]:
-    """Return the chat completion request for a question; its answer repeats the metadata."""
+def load_questions() -> dict[str, str]:
+    """Return the questions by custom id. Replace this to ask about data of your own."""
+    questions = {}
+    for index in range(NUM_REQUESTS):
+        questions[f"req-{index + 1:03}"] = SAMPLE_QUESTIONS[index % len(SAMPLE_QUESTIONS)]
+    return questions
+
+
+def build_request(custom_id: str, question: str) -> Json:
+    """Return the chat completion request for a question; its generation repeats the metadata."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": 100,
+        "max_tokens": MAX_TOKENS,
         "metadata": {"custom_id": custom_id},  # metadata takes strings only
     }
 
 
-# --- The API: a function for each endpoint, and exchange, which makes the HTTP request
+# --- The API: a client, and what can go wrong
 
+DEFAULT_BASE_URL = "https://api.inference.net/v1"
+# https; http only to this machine, as everybody on the way could read the key
+URL = r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\]))(:\d+)?(/[\w./-]*)?"
 MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
-Json = dict[str, Any]
+MAX_IDLE_SECONDS = 30  # routers forget a connection that was idle for longer
 
 
 class ApiError(Exception):
-    """An exchange failed: the class says how, the text why. The key is removed from the text."""
-
-    def __init__(self, reason: str, retry_after_seconds: float = 0) -> None:
-        super().__init__(reason.replace(api_key(), "[API key]")[:1000])
-        self.retry_after_seconds = min(retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
+    """A call to the API failed. The subclass says what that means for a submission."""
 
 
 class Refused(ApiError):
-    """The API rejects this request. Others may be fine."""
+    """The API refuses this request. Others may be fine."""
 
 
 class LockedOut(ApiError):
-    """The API rejects every request: the key, the credit or a certificate is at fault."""
+    """The API accepts no request for now: the key, the credit or a certificate is at fault."""
 
 
 class NotAccepted(ApiError):
-    """The exchange certainly had no effect. It is safe to repeat."""
+    """The call surely had no effect. It is safe to repeat."""
 
 
 class Uncertain(ApiError):
-    """The exchange may have had an effect. To repeat a submission may be to pay for it twice."""
+    """The call may have had an effect. To repeat a submission may be to pay for it twice."""
 
 
-def submit_group(session: Session, requests: list[Json], timeout_seconds: float) -> str:
-    """POST /v1/async/group/chat/completions: submit 1 to 50 requests; return the group's id."""
-    body = {"requests": requests}
-    answer = exchange(session, "POST", "/async/group/chat/completions", timeout_seconds, body)
-    group_id = answer.get("groupId")
-    if not isinstance(group_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", group_id):
-        raise Uncertain(f"accepted, but the answer has no usable id: {answer}")
-    return group_id
+class Client:
+    """The API, for one account. Threads can share a client.
 
-
-def fetch_group(session: Session, group_id: str, timeout_seconds: float) -> list[Json]:
-    """GET /v1/async/group/{groupId}/generations: return those that are there, in any order."""
-    answer = exchange(session, "GET", f"/async/group/{group_id}/generations", timeout_seconds)
-    if not isinstance(answer.get("generations"), list):
-        raise Uncertain("the answer has no list of generations")
-    found = [each for each in answer["generations"] if isinstance(each, dict)]
-    return [generation for generation in found if isinstance(generation.get("state"), str)]
-
-
-def exchange(
-    session: Session, method: str, path: str, timeout_seconds: float, body: Json | None = None
-) -> Json:
-    """Make one HTTP request; return its JSON object. Raises ApiError; ValueError before sending.
-
-    timeout_seconds limits connecting and each wait for data; the whole answer may take twice that.
+    api_key and base_url are by default the environment variables INFERENCE_API_KEY and
+    INFERENCE_BASE_URL. timeout_seconds limits connecting, the wait for an answer, and then the
+    time until the answer has arrived. ValueError: the key or the address can't be used.
     """
-    url, key = base_url() + path, api_key()
-    # requests reads a file object only once a connection is open: tell() says if it was sent.
-    payload = None if body is None else io.BytesIO(json.dumps(body).encode())
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, timeout_seconds: float = 30
+    ) -> None:
+        if not hasattr(HTTPResponse, "read1"):
+            raise ImportError("urllib3 is too old: pip install --upgrade urllib3")
+        if api_key is None:
+            api_key = os.environ.get("INFERENCE_API_KEY", "")
+        if base_url is None:
+            base_url = os.environ.get("INFERENCE_BASE_URL") or DEFAULT_BASE_URL
+        self.api_key = api_key.strip()
+        self.base_url = base_url.strip().rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self.paused_until = 0.0  # of monotonic(): no call begins before
+        self.local = threading.local()  # each thread has a session of its own
+        if not re.fullmatch("[!-~]+", self.api_key):
+            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
+        if not re.fullmatch(URL, self.base_url, re.ASCII):  # not shown, as it may hold the key
+            raise ValueError(
+                "INFERENCE_BASE_URL can't be used: it must begin with https:// (http:// only for "
+                f"this machine) and have no user, ? or #, as in {DEFAULT_BASE_URL}"
+            )
+
+    def submit_group(self, requests: list[Json]) -> str:
+        """POST /v1/async/group/chat/completions: submit 1 to 50 requests; return the group's id."""
+        answer = self.call("POST", "/async/group/chat/completions", {"requests": requests})
+        group_id = answer.get("groupId")
+        if not isinstance(group_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", group_id):
+            raise Uncertain(f"accepted, but the answer has no usable id: {str(answer)[:500]}")
+        return group_id
+
+    def fetch_group(self, group_id: str) -> list[Json]:
+        """GET /v1/async/group/{groupId}/generations: return the generations that are there yet.
+
+        They come in any order. A new group may be Refused with 404.
+        """
+        answer = self.call("GET", f"/async/group/{group_id}/generations")
+        generations = find(answer, list, "generations")
+        if generations is None:
+            raise Uncertain(f"no list of generations: {str(answer)[:500]}")
+        return [item for item in generations if find(item, str, "state") is not None]
+
+    def call(self, method: str, path: str, body: Json | None = None) -> Json:
+        """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
+        upload = None
+        if body is not None:
+            # requests reads from a file only when it is connected: its position will tell.
+            upload = io.BytesIO(json.dumps(body).encode())
+        try:
+            response = self.session().request(
+                method,
+                self.base_url + path,
+                data=upload,
+                headers={"Content-Type": "application/json"},
+                auth=self.add_key,
+                timeout=self.timeout_seconds,
+                allow_redirects=False,
+                stream=True,
+            )
+        except (OSError, ValueError, HTTPError) as error:  # requests raises all three
+            cause: BaseException = error
+            while cause.__context__:  # the errors around the first one only wrap it
+                cause = cause.__context__
+            host = urlsplit(self.base_url).netloc
+            reason = f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
+            may_have_been_sent = upload is not None and upload.tell() > 0
+            if may_have_been_sent:
+                raise Uncertain(reason) from error
+            if "CERTIFICATE_VERIFY_FAILED" in reason:
+                raise LockedOut(reason) from error
+            raise NotAccepted(reason) from error
+        with response:
+            content = self.read_content(response)
+        if not 200 <= response.status_code < 300:
+            raise self.status_error(method, response, content)
+        answer = parse_json(content)
+        if not isinstance(answer, dict):
+            raise Uncertain(f"HTTP {response.status_code}: no whole JSON object: {content[:500]!r}")
+        return answer
+
+    def session(self) -> Session:
+        """Return this thread's session, without a connection that was idle for long."""
+        local = self.local
+        if getattr(local, "process_id", None) != os.getpid():  # a fork has its parent's sockets
+            local.process_id = os.getpid()
+            local.session = Session()
+        elif monotonic() - local.used_at > MAX_IDLE_SECONDS:
+            local.session.close()
+        local.used_at = monotonic()
+        session: Session = local.session
+        return session
+
+    def add_key(self, request: PreparedRequest) -> PreparedRequest:
+        """Put the key into a request: as auth, since .netrc would replace a plain header."""
+        request.headers["Authorization"] = f"Bearer {self.api_key}"
+        return request
+
+    def read_content(self, response: Response) -> bytes:
+        """Return what arrives of an answer until it ends, breaks off or takes too long."""
+        deadline = monotonic() + self.timeout_seconds
+        content = bytearray()
+        with suppress(HTTPError):  # it broke off: what has arrived may still be a whole answer
+            while monotonic() < deadline:
+                chunk = response.raw.read1(decode_content=True)
+                if not chunk:
+                    break
+                content += chunk
+        return bytes(content).replace(self.api_key.encode(), b"[API key]")
+
+    def status_error(self, method: str, response: Response, content: bytes) -> ApiError:
+        """Return the ApiError for an HTTP status that is not 2xx, and obey its Retry-After."""
+        status = response.status_code
+        message = find(parse_json(content), str, "error", "message")
+        text = message or content[:500].decode(errors="replace") or response.reason
+        reason = f"HTTP {status}: {text}"
+        wait_seconds = 0.0
+        with suppress(ValueError, OverflowError, HTTPError):  # it is neither seconds nor a date
+            wait_seconds = Retry().get_retry_after(response.raw) or 0
+        paused_until = monotonic() + min(wait_seconds, MAX_RETRY_AFTER_SECONDS)
+        self.paused_until = max(self.paused_until, paused_until)
+        is_submission = method == "POST"
+        if status == 401:
+            return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
+        if is_submission and status in (402, 403):
+            return LockedOut(reason)
+        if is_submission and status == 429 and wait_seconds > MAX_RETRY_AFTER_SECONDS:
+            return LockedOut(f"{reason} (Retry-After: {wait_seconds} s)")
+        if is_submission and status == 404:
+            return Refused(f"{reason} (check INFERENCE_BASE_URL: it usually ends in /v1)")
+        if status == 429:
+            return NotAccepted(reason)
+        if 300 <= status < 500 and status != 408:
+            return Refused(reason)
+        return Uncertain(reason)
+
+    def wait(self, seconds: float, stop: Event) -> bool:
+        """Wait that long, and until a pause is over; return False if stop is set meanwhile."""
+        until = monotonic() + seconds
+        while not stop.is_set():
+            remaining_seconds = max(until, self.paused_until) - monotonic()
+            if remaining_seconds <= 0:
+                return True
+            stop.wait(remaining_seconds)
+        return False
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the JSON in the body of an answer, or None."""
     try:
-        response = session.request(
-            method,
-            url,
-            data=payload,
-            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-            auth=lambda request: request,  # without one, an entry in .netrc replaces the key
-            timeout=timeout_seconds,
-            allow_redirects=False,
-            # With a Location, requests would prepare a redirect, and may rewind the payload.
-            hooks={"response": lambda answer, **_: answer.headers.update(Location="")},
-            stream=True,
-            proxies={"http": ""},  # plain http never leaves this machine: see base_url
-        )
-    except Exception as error:  # requests lets some errors of urllib3 through
-        cause: BaseException = error
-        while cause.__context__:
-            cause = cause.__context__
-        reason = f"{type(error).__name__} at {url.split('/')[2]}: {cause}"
-        if "CERTIFICATE_VERIFY_FAILED" in reason:
-            raise LockedOut(reason) from error
-        raise (Uncertain if payload and payload.tell() else NotAccepted)(reason) from error
-    response.raw.enforce_content_length = False  # an answer that is whole JSON is not cut off
-    deadline, content = time.monotonic() + 2 * timeout_seconds, bytearray()
-    with response, suppress(Exception):  # what came until then is judged below
-        for chunk in response.iter_content(64):  # small, as it waits for a full chunk
-            content += chunk
-            if time.monotonic() > deadline:
-                break
-    if response.status_code < 200:  # the real answer is still to come on this connection
-        session.close()
-    if not 200 <= response.status_code < 300:
-        raise status_error(response, content.decode(errors="replace"), method)
-    with suppress(ValueError, RecursionError):
-        if isinstance(answer := json.loads(content), dict):
-            return answer
-    raise Uncertain(f"HTTP {response.status_code}: not a whole JSON object: {bytes(content)!r}")
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
-def api_key() -> str:
-    """Return the key from INFERENCE_API_KEY, or raise a ValueError that does not show it."""
-    key = os.environ.get("INFERENCE_API_KEY", "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
-    return key
+def find(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow a path of keys and indexes into JSON; None if nothing of that kind is there."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return None
+    if isinstance(value, kind):
+        return value
+    return None
 
 
-def base_url() -> str:
-    """Return INFERENCE_BASE_URL, or its default; raise ValueError if it would show the key."""
-    url = os.environ.get("INFERENCE_BASE_URL", "https://api.inference.net/v1").strip().rstrip("/")
-    host = r"https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])"
-    if not re.fullmatch(rf"({host})(:\d{{1,5}})?(/[\w.~/%-]*)?", url, re.ASCII):
-        raise ValueError(f"INFERENCE_BASE_URL must be https, or http on this machine, not {url!r}")
-    return url
+# --- The records: a request and what has come of it, and the file that keeps them
 
-
-def status_error(response: Response, text: str, method: str) -> ApiError:
-    """Return the ApiError for an HTTP status that is not 2xx; text is the body of the answer."""
-    status, retry_after_seconds = response.status_code, 0.0
-    with suppress(ValueError, TypeError, LookupError, RecursionError):  # it may be a proxy's HTML
-        text = str(json.loads(text)["error"]["message"])
-    reason = f"HTTP {status}: " + (re.sub(r"(<[^>]*>|\s)+", " ", text).strip() or response.reason)
-    with suppress(Exception):  # the header is missing, or cannot be read
-        retry_after_seconds = Retry().parse_retry_after(response.headers["Retry-After"])
-        reason += f" (Retry-After: {retry_after_seconds:.0f} s)"
-    is_too_long = status == 429 and retry_after_seconds > MAX_RETRY_AFTER_SECONDS
-    if status in (401, 403):
-        return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-    if method == "POST" and (status == 402 or is_too_long):
-        return LockedOut(reason)
-    if status == 429:
-        return NotAccepted(reason, retry_after_seconds)
-    return Refused(reason) if 300 <= status < 500 else Uncertain(reason, retry_after_seconds)
-
-
-# --- The record: a request, its state and its answer
-
-QUEUED, IN_PROGRESS, SUCCESS, FAILED = "Queued", "In Progress", "Success", "Failed"  # the API's
-# Our own. SUBMITTING is saved before a request is sent; after a kill, it may have been accepted.
-NOT_SENT, SUBMITTING, UNKNOWN, PENDING = "Not sent", "Submitting", "Unknown", "Pending"
-NO_MATCH = "No match"  # a generation of the group that answers none of its questions
+# The API's states of a generation. The last two are final; one that is not known here is not.
+QUEUED = "Queued"
+IN_PROGRESS = "In Progress"
+SUCCESS = "Success"
+FAILED = "Failed"  # also: refused when it was submitted
+# Our states, before there is one of the API's
+NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
+SUBMITTING = "Submitting"  # being sent, or about to be
+UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
+NO_MATCH = "No match"  # a generation of a group that answers none of its questions
+# An outcome only
+PENDING = "Pending"  # accepted, and not final
 
 
 @dataclass
 class Record:
-    """A request, its state and its answer. As JSON it is a row of the results file."""
+    """A request and what has come of it. The keys are those of the results files."""
 
-    custom_id: str | None
+    custom_id: str
     question: str
+    request: Json  # the chat completion request that is sent
     group_id: str | None = None
     generation_id: str | None = None
     state: str = NOT_SENT
-    response: str | None = None
+    response: str | Json | None = None  # the answer's text, or the whole response if it is more
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -222,218 +343,450 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """The result so far: SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH."""
-        if self.state in (SUCCESS, FAILED):
-            return self.state if self.custom_id else NO_MATCH
+        """SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH; SUBMITTING while it is sent."""
+        if self.state in (SUCCESS, FAILED, NOT_SENT, SUBMITTING, NO_MATCH):
+            return self.state
         if self.group_id:
             return PENDING
-        return NOT_SENT if self.state == NOT_SENT else UNKNOWN
+        return UNKNOWN
+
+    def update(self, generation: Json) -> None:
+        """Copy what the API says of the generation."""
+        self.generation_id = find(generation, str, "id")
+        usage = find(generation, dict, "response", "usage")
+        self.prompt_tokens = find(usage, int, "prompt_tokens")
+        self.completion_tokens = find(usage, int, "completion_tokens")
+        self.total_tokens = find(usage, int, "total_tokens")
+        self.finish_reason = find(generation, str, "response", "choices", 0, "finish_reason")
+        self.response = answer_of(generation)
+        with suppress(ValueError, TypeError):  # a time is missing, or in another form
+            dispatched_at = parse_time(generation.get("dispatchedAt"))
+            finished_at = parse_time(generation.get("finishedAt"))
+            self.duration_ms = (finished_at - dispatched_at) / timedelta(milliseconds=1)
+        self.error = None
+        if generation["state"] == FAILED:
+            self.error = find(generation, str, "stateMessage") or "no reason given"
+        self.state = generation["state"]  # last: another thread may be reading the record
 
 
-def copy_generation(generation: Json, record: Record) -> None:
-    """Copy a generation into its record, and clear its error, unless the generation failed."""
-    record.state = generation["state"]
-    reason = dig(generation, str, "stateMessage") or "no reason given"
-    record.error = reason.replace(api_key(), "[API key]") if record.state == FAILED else None
-    content = dig(generation, object, "response", "choices", 0, "message", "content")
-    record.response = content if isinstance(content, str | None) else json.dumps(content)
-    record.finish_reason = dig(generation, str, "response", "choices", 0, "finish_reason")
-    record.prompt_tokens = dig(generation, int, "response", "usage", "prompt_tokens")
-    record.completion_tokens = dig(generation, int, "response", "usage", "completion_tokens")
-    record.total_tokens = dig(generation, int, "response", "usage", "total_tokens")
-    times = [str(generation.get(key)) for key in ("dispatchedAt", "finishedAt")]
-    with suppress(ValueError, TypeError):  # Python 3.10 wants six digits after the point, and no Z
-        times = [re.sub(r"\.(\d+)", lambda match: f".{match[1]:0<6.6}", each) for each in times]
-        dispatched, finished = [datetime.fromisoformat(each.rstrip("Z")) for each in times]
-        record.duration_ms = round((finished - dispatched) / timedelta(milliseconds=1), 3)
+def answer_of(generation: Json) -> str | Json | None:
+    """Return the text of an answer, or the whole response if there is more to it than one text.
+
+    More are tool calls, a refusal, several choices, log probabilities. They were paid for, too.
+    """
+    response: Json | None = find(generation, dict, "response")
+    choices = find(response, list, "choices") or [None]
+    content: str | None = find(choices, str, 0, "message", "content")
+    if content is None or len(choices) > 1 or choices[0].get("logprobs"):
+        return response
+    others = [key for key, value in choices[0]["message"].items() if value]
+    if set(others) - {"role", "content"}:
+        return response
+    return content
 
 
-def dig(value: Any, kind: type, *path: str | int) -> Any:
-    """Follow path into JSON; return what is there if it is of that kind, otherwise None."""
-    with suppress(LookupError, TypeError):
-        for step in path:
-            value = value[step]
-        return value if isinstance(value, kind) else None
-    return None
+def parse_time(text: Any) -> datetime:
+    """Read a time of the API's: ISO 8601 with Z and decimals, which Python 3.10 can't read."""
+    whole, _, decimals = str(text).rstrip("Z").partition(".")
+    return datetime.fromisoformat(whole) + timedelta(seconds=float(f"0.{decimals}"))
+
+
+def new_record(custom_id: str, question: str) -> Record:
+    """Return a record with the request that build_request makes; ValueError if it can't be sent."""
+    record = Record(custom_id, question, build_request(custom_id, question))
+    check_record(record)
+    return record
+
+
+def check_record(record: Record) -> None:
+    """Raise ValueError, or TypeError if the request is no JSON, for what can't be submitted."""
+    json.dumps(record.request)
+    repeated = find(record.request, str, "metadata", "custom_id")
+    if not repeated or repeated != record.custom_id:
+        raise ValueError(
+            f"a custom id must be a text, not empty, and stand in the request as "
+            f"metadata.custom_id: {record.custom_id!r} has {repeated!r} there"
+        )
+
+
+Records = list[Record]
+# One process at a time can have the file open. What was saved survives a kill of the program.
+SCHEMA = """
+    PRAGMA locking_mode = EXCLUSIVE;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    CREATE TABLE IF NOT EXISTS group_requests (custom_id TEXT PRIMARY KEY, record TEXT NOT NULL);
+"""
+UPSERT = """
+    INSERT INTO group_requests VALUES (?, ?)
+    ON CONFLICT (custom_id) DO UPDATE SET record = excluded.record
+"""
+
+
+class Results:
+    """The file that keeps the records: SQLite, a row each.
+
+    Threads can share it, processes can't: OSError if another one has it open. save and load
+    raise OSError, too, if the file can't be written or read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lock = Lock()
+        self.process_id = os.getpid()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+            self.connection.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise OSError(f"{path} is in use by another process, or can't be: {error}") from error
+        # Nobody else is using the file: what is Submitting was so when a program ended.
+        interrupted = [record for record in self.load() if record.state == SUBMITTING]
+        mark_interrupted(interrupted)
+        self.save(interrupted)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Let no other thread in; commit at the end, or roll back."""
+        if os.getpid() != self.process_id:  # SQLite can't be used across a fork
+            raise OSError(f"{self.path} was opened by another process: open it in this one")
+        try:
+            with self.lock, self.connection:
+                yield self.connection
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {error}") from error
+
+    def save(self, records: Iterable[Record]) -> None:
+        """Put records on file, all of them or none. Each replaces the one with its custom id."""
+        rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
+        with self.transaction() as connection:
+            connection.executemany(UPSERT, rows)
+
+    def load(self) -> Records:
+        """Return the records, in the order in which they were first saved."""
+        with self.transaction() as connection:
+            rows = connection.execute("SELECT record FROM group_requests ORDER BY rowid").fetchall()
+        return [Record(**json.loads(text)) for [text] in rows]
+
+    def close(self) -> None:
+        """Close the file. Another process can open it now."""
+        self.connection.close()
+
+
+def mark_interrupted(records: Records) -> None:
+    """Make records that were being sent Unknown, after a program has ended, or as it ends."""
+    for record in records:
+        if record.state == SUBMITTING:
+            record.state = UNKNOWN
+            record.error = "the program ended while it was being sent"
 
 
 # --- The work: submit, then poll until final
 
-# A worker thread makes the exchanges, changes the records and saves them: an id is saved by the
-# thread that receives it, even if the caller's thread is slow or has been stopped. The caller's
-# thread hands out the work and waits. Once the event named stop is set, no attempt begins.
+# A worker thread makes the calls, changes the records and saves them: an id is on file the moment
+# it arrives, whatever happens to the caller's thread. This hands out the work and looks on.
 
+MAX_GROUP_SIZE = 50
 MAX_SUBMIT_ATTEMPTS = 5
-TICK_SECONDS = 0.05
-Records = list[Record]
-Save = Callable[[Records], object]  # called in the worker thread
-Tick = Callable[[], object]  # called in the caller's thread; object, the default, does nothing
-session = Session()  # one is enough, as there is one exchange at a time
-held_until = 0.0  # no attempt begins before this time.monotonic()
+CHECK_SECONDS = 0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
+Save = Callable[[Records], object]  # called in a worker thread
 
 
-def submit_all(
-    pool: Executor, records: Records, save: Save, tick: Tick = object
-) -> Iterator[Records]:
-    """Submit the requests as one group; yield the records when the submission has ended.
+def submit_all(client: Client, pool: Executor, records: Records, save: Save) -> Iterator[Records]:
+    """Submit the records that are Not sent, 50 at most, as a group; yield them when that has ended.
 
-    Nothing is sent until you iterate. save gets copies before each attempt, and the records after
-    it. tick is called often while you wait. Raises TimeoutError if stuck; after the records,
-    LockedOut, NotAccepted or what save raised.
+    save gets them at the beginning, and before and after each attempt. If you leave the loop, what
+    is under way ends first. ValueError or TypeError: a record can't be sent, or there are too many.
+    After the records come LockedOut, NotAccepted after five attempts, Uncertain, or what save has
+    raised.
     """
-    stop = threading.Event()
+    check_records(records)
+    unsent = [record for record in records if record.state == NOT_SENT]
+    if len(unsent) > MAX_GROUP_SIZE:
+        raise ValueError(f"a group holds {MAX_GROUP_SIZE} requests, not {len(unsent)}")
+    if not unsent:
+        return
+    save(unsent)  # whatever ends the program, the file has the whole job
+    mark(unsent, SUBMITTING)  # claimed: another submit_all leaves them alone
+    stop = Event()
+    future = pool.submit(submit, client, unsent, save, stop)
     try:
-        future = pool.submit(submit, records, save, stop)
-        wait_for(future, tick)
-        yield records
+        while not future.done():
+            wait([future], CHECK_SECONDS)
+        yield unsent
         future.result()
     finally:
         stop.set()
+        wait([future])  # they may have been paid for
 
 
-def submit(records: Records, save: Save, stop: threading.Event) -> None:
-    """Submit the group, in a worker thread. Retry only what certainly was not accepted."""
-    requests = [build_request(str(record.custom_id), record.question) for record in records]
+def submit(client: Client, records: Records, save: Save, stop: Event) -> None:
+    """Submit a group, in a worker thread. Try again only what surely was not accepted."""
+    requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        backoff_seconds = random.uniform(0.5, 1) * 2 ** (attempt - 1) if attempt else 0
-        if records[0].state != NOT_SENT or not wait_to_send(backoff_seconds, stop):
-            return  # Queued, Failed or Unknown by now, or told to stop
-        # Save first: if that fails, nothing is sent, and the records stay as they are.
-        save([replace(record, state=SUBMITTING, error=None) for record in records])
-        mark(records, SUBMITTING)
+        if not client.wait(backoff_seconds(attempt), stop):
+            mark(records, NOT_SENT)
+            return
         try:
-            mark(records, QUEUED, submit_group(session, requests, REQUEST_TIMEOUT_SECONDS))
+            mark(records, SUBMITTING)
+            save(records)
+        except Exception:  # what can't be put on file is not sent
+            mark(records, NOT_SENT)
+            raise
+        try:
+            group_id = client.submit_group(requests)
+            mark(records, QUEUED, group_id=group_id)
         except Refused as error:
-            mark(records, FAILED, error=error)
+            mark(records, FAILED, str(error))
         except Uncertain as error:
-            mark(records, UNKNOWN, error=error)
-            hold_back(error.retry_after_seconds)
+            mark(records, UNKNOWN, str(error))
+            raise
         except NotAccepted as error:
-            mark(records, NOT_SENT, error=error)
-            hold_back(error.retry_after_seconds)
-            if attempt == MAX_SUBMIT_ATTEMPTS - 1:
-                raise
-        except (LockedOut, ValueError, TypeError) as error:  # no key; a non-JSON request
-            mark(records, NOT_SENT, error=error)
+            mark(records, NOT_SENT, str(error))
+        except LockedOut as error:
+            mark(records, NOT_SENT, str(error))
             raise
         finally:
             save(records)
+        if records[0].state != NOT_SENT:
+            return
+    raise NotAccepted(f"{MAX_SUBMIT_ATTEMPTS} attempts: {records[0].error}")
 
 
-def mark(records: Records, state: str, group_id: str | None = None, error: object = "") -> None:
-    """Note in each record what has come of the submission of the group."""
+def mark(
+    records: Records, state: str, error: str | None = None, group_id: str | None = None
+) -> None:
+    """Note in each record what has come of the submission of their group."""
     for record in records:
-        record.state, record.group_id, record.error = state, group_id, str(error) or None
+        record.state = state
+        record.error = error
+        record.group_id = group_id
+
+
+def check_records(records: Records) -> None:
+    """Raise ValueError or TypeError if one can't be submitted, or two have the same custom id."""
+    for record in records:
+        if record.state == NOT_SENT:
+            check_record(record)
+    for custom_id, count in Counter(record.custom_id for record in records).items():
+        if count > 1:
+            raise ValueError(f"{count} records have the custom id {custom_id!r}")
+
+
+def backoff_seconds(attempt: int) -> float:
+    """Return how long to wait before an attempt: 0 before the first, then up to 1, 2, 4, 8."""
+    if attempt == 0:
+        return 0
+    return random.uniform(0.5, 1) * float(2 ** (attempt - 1))
 
 
 def poll_all(
-    pool: Executor, records: Records, save: Save, tick: Tick = object
+    client: Client,
+    pool: Executor,
+    records: Records,
+    save: Save,
+    interval_seconds: float = POLL_INTERVAL_SECONDS,
+    max_attempts: int = MAX_POLL_ATTEMPTS,
 ) -> Iterator[Records]:
-    """Poll the group every POLL_INTERVAL_SECONDS; yield, after each poll, what has become final.
+    """Poll each group that has something Pending; yield what has become final, after save(it).
 
-    tick is as in submit_all; save gets what is final. A final generation that answers none of the
-    records is appended to them, without a custom_id. After MAX_POLL_ATTEMPTS polls a record stays
-    pending. Raises LockedOut, what save raised, or TimeoutError if the worker is stuck.
+    A list, perhaps empty, comes after each poll of all these groups. In it is, too, a new record
+    for each final generation that answers no question: No match. After max_attempts polls records
+    stay Pending. If you leave the loop, what is under way is not awaited: a poll costs nothing.
+    Raises LockedOut, or what save has raised.
     """
-    stop = threading.Event()
+    records = list(records)
+    stop = Event()
     try:
-        for attempt in range(MAX_POLL_ATTEMPTS):
-            if all(record.outcome != PENDING for record in records):
+        for attempt in range(max_attempts):
+            pending = [record for record in records if record.outcome == PENDING]
+            if not pending:
                 return
-            future = pool.submit(poll, records, save, stop, POLL_INTERVAL_SECONDS if attempt else 0)
-            wait_for(future, tick)
-            yield future.result()
+            if attempt > 0:
+                sleep(interval_seconds)
+            final = []
+            for group_id in sorted({str(record.group_id) for record in pending}):
+                future = pool.submit(poll, client, group_id, records, save, stop)
+                while not future.done():
+                    wait([future], CHECK_SECONDS)
+                final += future.result()
+            records += [record for record in final if record.outcome == NO_MATCH]
+            yield final
     finally:
         stop.set()
 
 
-def poll(records: Records, save: Save, stop: threading.Event, wait_seconds: float) -> Records:
-    """Wait, poll the group once, in a worker thread, and return what has become final."""
-    if not wait_to_send(wait_seconds, stop):
+def poll(client: Client, group_id: str, records: Records, save: Save, stop: Event) -> Records:
+    """Poll a group once, in a worker thread; return the records that have become final."""
+    if not client.wait(0, stop):
         return []
-    pending = [record for record in records if record.outcome == PENDING]
+    reason = None
     try:
-        generations = fetch_group(session, str(pending[0].group_id), REQUEST_TIMEOUT_SECONDS)
-        trouble = None
-    except ApiError as error:  # whatever it is: a poll costs nothing
-        generations, trouble = [], str(error)
-        hold_back(error.retry_after_seconds)
-        if isinstance(error, LockedOut):
-            raise
-    for record in pending:
-        record.error = trouble
-    copies = [replace(record) for record in records]
-    save([final for each in generations if (final := match(each, copies))])  # or they stay pending
-    return [final for each in generations if (final := match(each, records))]
+        generations = client.fetch_group(group_id)
+    except LockedOut:
+        raise
+    except ApiError as error:  # a poll costs nothing: it is made again
+        reason = str(error)
+        generations = []
+    pending = {}
+    for record in records:
+        if record.group_id == group_id and record.outcome == PENDING:
+            record.error = reason
+            pending[record.custom_id] = record
+    known_ids = {record.generation_id for record in records if record.outcome != PENDING}
+    final = match(generations, group_id, pending, known_ids)
+    save(final)
+    return final
 
 
-def match(generation: Json, records: Records) -> Record | None:
-    """Copy a generation into the record with its custom_id; return this if it is now final."""
-    pending = {record.custom_id: record for record in records if record.outcome == PENDING}
-    custom_id = dig(generation, str, "request", "metadata", "custom_id")
-    record = pending.get(custom_id) or Record(None, "", group_id=records[0].group_id)
-    record.generation_id = dig(generation, str, "id")
-    copy_generation(generation, record)
-    if record.state not in (SUCCESS, FAILED):
-        return None
-    if record.custom_id is None:  # it answers no question that is pending
-        known = [(each.generation_id, each.response) for each in records]
-        if (record.generation_id, record.response) in known:
-            return None
-        records.append(record)
-    return record
+def match(
+    generations: list[Json],
+    group_id: str,
+    pending: dict[str, Record],
+    known_ids: set[str | None],
+) -> Records:
+    """Copy each generation into the record with its custom id; return those that are now final.
 
-
-def hold_back(seconds: float) -> None:
-    """Let no worker send for that many seconds: Retry-After is for the whole account."""
-    global held_until
-    held_until = max(held_until, time.monotonic() + seconds)
-
-
-def wait_to_send(seconds: float, stop: threading.Event) -> bool:
-    """Wait that many seconds, and until held_until; return False if stop is set."""
-    until = time.monotonic() + seconds
-    while not stop.is_set() and (left := max(until, held_until) - time.monotonic()) > 0:
-        stop.wait(left)
-    return not stop.is_set()
-
-
-def wait_for(future: Future[Any], tick: Tick) -> None:
-    """Wait until a future is done; TimeoutError if its worker is stuck, as on endless headers."""
-    since = time.monotonic()
-    limit_seconds = 30 * REQUEST_TIMEOUT_SECONDS + 20  # five attempts, six IP addresses each
-    while not wait([future], TICK_SECONDS).done:
-        if time.monotonic() > max(since + POLL_INTERVAL_SECONDS, held_until) + limit_seconds:
-            raise TimeoutError(f"an exchange has not ended within {limit_seconds} s")
-        tick()
+    A final generation with another custom id, and with an id that is not known, gets a record of
+    its own: nothing that was paid for is dropped.
+    """
+    final = []
+    for generation in generations:
+        custom_id = find(generation, str, "request", "metadata", "custom_id")
+        generation_id = find(generation, str, "id")
+        record = pending.get(custom_id)
+        if record:
+            record.update(generation)
+        elif generation_id and generation_id not in known_ids:
+            record = Record(generation_id, "", {}, group_id)
+            record.update(generation)
+        if record and record.state in (SUCCESS, FAILED):
+            if pending.pop(custom_id, None) is None:
+                record.state = NO_MATCH
+            known_ids.add(generation_id)
+            final.append(record)
+    return final
 
 
 # --- The screen: everything that prints
 
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-", NO_MATCH: "!"}
-MAX_ROWS = 50  # of the table
-MAX_SILENCE_SECONDS = 60  # in a pipe or a file
-RULE = "=" * 80
-live_columns, said_at, started_at = 0, 0.0, time.monotonic()  # columns of the live line
+MAX_ROWS = 50  # of a list
+REDRAW_SECONDS = 0.25  # the live line of a terminal
+REPEAT_SECONDS = 60  # a line about the progress, elsewhere
+
+
+class Screen:
+    """Prints lines and, below them, a live line that a thread keeps up to date.
+
+    On a terminal the live line is redrawn in place, elsewhere it is printed once a minute.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.columns = shutil.get_terminal_size().columns
+        self.is_terminal = sys.stdout.isatty()
+        self.has_live_line = False
+        self.is_ending = False
+        self.watched: Records = []  # what the live line tells of
+        self.notes: list[str] = []  # why the run ended before all was final
+        self.last_poll = ""  # what was printed of it
+        self.started_at = monotonic()
+        Thread(target=self.redraw, daemon=True).start()
+
+    def print(self, text: str) -> None:
+        """Print a line in the place of the live line."""
+        with self.lock:
+            if self.has_live_line:
+                print("\r" + " " * (self.columns - 1), end="\r")
+            self.has_live_line = False
+            print(text)
+
+    def redraw(self) -> None:
+        """Print the live line again and again: the states of the watched records, and the time."""
+        while True:
+            sleep(REDRAW_SECONDS if self.is_terminal else REPEAT_SECONDS)
+            states = Counter(record.state.lower() for record in self.watched)
+            text = ", ".join(f"{count} {state}" for state, count in states.items())
+            seconds = timedelta(seconds=int(monotonic() - self.started_at))
+            line = "  " + shorten(f"⏳ {text}, {seconds}", self.columns - 3)
+            with self.lock, suppress(OSError):  # stdout is closed: the main thread will notice
+                if self.watched and self.is_terminal:
+                    print(f"\r{line:<{self.columns - 2}}", end="", flush=True)
+                    self.has_live_line = True
+                elif self.watched:
+                    print(line)
+
+    def print_title(self, title: str) -> None:
+        """Print a title between two rules."""
+        rule = "=" * min(80, self.columns)
+        self.print(f"{rule}\n {title}\n{rule}")
+
+    def print_section(self, title: str) -> None:
+        """Print the heading of a section."""
+        self.print(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
+
+    def print_questions(self, records: Records) -> None:
+        """Print the first questions that are about to be submitted."""
+        for record in records[:5]:
+            self.print("    " + shorten(f"{record.custom_id}: {record.question}", 74))
+        if len(records) > 5:
+            self.print(f"    ... and {len(records) - 5} more")
+        self.print("\n  Submitting to Group API...")
+
+    def print_submission(self, records: Records) -> None:
+        """Print what has come of the submission."""
+        if records[0].group_id:
+            self.print(f"  ✓ Group created: {records[0].group_id}")
+            self.print(f"  ✓ Group size: {len(records)}")
+        elif records[0].error:
+            self.print(wrap(f"{MARKS[records[0].outcome]} {records[0].error}", "  "))
+
+    def print_poll(self, attempt: int, records: Records) -> None:
+        """Print how far the records are after a poll, if it has changed."""
+        total = len(records)
+        pending = [record for record in records if record.outcome == PENDING]
+        done = total - len(pending)
+        running = sum(record.state == IN_PROGRESS for record in pending)
+        text = f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%)"
+        if pending:
+            text += f" (⏳ {running} running, {len(pending) - running} queued)"
+            if pending[0].error:
+                text = shorten(f"✗ {pending[0].error}", 70)
+        if text != self.last_poll:
+            self.print(f"  [{attempt:>3}] {text}")
+        self.last_poll = text
+
+
+def printable(text: str) -> str:
+    """Return text from elsewhere on one line and without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:2000]).strip()
 
 
 def width(text: str) -> int:
-    """Return how many columns of a terminal text takes."""
-    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in text)
-    return len(text) + wide - sum(unicodedata.category(each) in ("Mn", "Me") for each in text)
+    """Return how many columns of a terminal text takes: a Chinese letter takes two."""
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
-def fit(text: str, columns: int, at_word: bool = False) -> str:
-    """Make untrusted text printable, and cut it to at most so many columns."""
-    text = "".join(each if each.isprintable() else " " for each in text[:2000]).strip()
+def shorten(text: str, columns: int) -> str:
+    """Make text from elsewhere printable, and cut it to at most so many columns."""
+    text = printable(text)
     if width(text) <= columns:
         return text
-    kept = text[: 3 * columns]
-    while width(kept) > columns - 3:
-        kept = kept[:-1]
-    if at_word and " " in text[columns // 2 : len(kept) + 1]:
-        kept = text[: len(kept) + 1].rpartition(" ")[0]
-    return kept.rstrip() + "..."
+    while width(text) > columns - 3:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def pad(text: str, columns: int) -> str:
+    """Return text from elsewhere as a column of a table."""
+    text = shorten(text, columns)
+    return text + " " * (columns - width(text))
+
+
+def wrap(text: str, indent: str) -> str:
+    """Return text from elsewhere in lines of at most 80 columns."""
+    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -441,240 +794,339 @@ def bar(done: int, total: int, columns: int) -> str:
     return f"|{'█' * (done * columns // total):░<{columns}}|"
 
 
-def say(text: str, is_live: bool = False) -> None:
-    """Print a line in the place of the live line, or a new live line."""
-    global live_columns, said_at
-    erase = "\r" + " " * (live_columns + len("^C")) + "\r" if live_columns else ""
-    print(erase + text, end="" if is_live else "\n", flush=True)
-    live_columns, said_at = width(text) if is_live else 0, time.monotonic()
-
-
-def show_section(title: str, gap: str = "") -> None:
-    """Print the heading of a section."""
-    say(f"\n  {title}\n  {'-' * (len(title) + 4)}{gap}")
-
-
-def show_live(records: Records) -> None:
-    """Redraw the live line of a terminal; elsewhere print a line, but only once a minute."""
-    is_live = os.isatty(1)
-    if time.monotonic() - said_at < (0.25 if is_live else MAX_SILENCE_SECONDS):
-        return
-    unsent = [record for record in records if record.state in (NOT_SENT, SUBMITTING)]
-    waiting = unsent or [record for record in records if record.outcome == PENDING]
-    running = sum(record.state == IN_PROGRESS for record in waiting)
-    text = f"{running} running, {len(waiting) - running} queued"
-    if unsent:
-        text = f"{len(records) - len(unsent)}/{len(records)} submitted"
-    elapsed = timedelta(seconds=int(time.monotonic() - started_at))
-    trouble = next((record.error for record in waiting if record.error), "")
-    columns = max(os.get_terminal_size(1).columns or 80, 20) if is_live else 200
-    say("  " + fit(f"⏳ {text}, {elapsed} {trouble}", columns - 4), is_live)
-
-
-def show_summary(records: Records, answered_before: int, path: Path, resume: str) -> str:
-    """Print figures, answers, and what to do about the requests without one; count these."""
+def show_figures(records: Records, submitted: Records, seconds: float) -> None:
+    """Print counts, times and what is billed; seconds is how long the run took."""
+    total = len(records)
     counts = Counter(record.outcome for record in records)
-    done, total, seconds = counts[SUCCESS], len(records), time.monotonic() - started_at
-    others = [each for each in MARKS if each == FAILED or (counts[each] and each != SUCCESS)]
-    show_section("Success Rate")
-    say(f"  {'✓' if done == total else '✗'} {bar(done, total, 40)} {done * 1000 // total / 10}%\n")
-    for title, count in (("Successful", done), *((each, counts[each]) for each in others)):
-        say(f"      {title + ':':<13}{count:>4}")
-    say(f"      Total:       {total:>4}")
-    times = [record.duration_ms for record in records if record.duration_ms is not None]
-    measured = (sum(times) / len(times), min(times), max(times)) if times else ()
-    average, least, most = [f"{ms:.1f}ms" for ms in measured] or ["-", "-", "-"]
-    show_section("Performance Metrics")
-    say(f"      Total wall-clock time: {seconds:>10.2f}s")
-    say(f"      Avg generation time:   {average:>12}")
-    say(f"      Min generation time:   {least:>12}")
-    say(f"      Max generation time:   {most:>12}")
-    say(f"      Throughput:            {(done - answered_before) / seconds:>10.2f} req/s")
-    tokens = [record.completion_tokens for record in records if record.completion_tokens]
-    show_section("Token Usage")
-    say(f"      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}")
-    say(f"      Completion tokens: {sum(tokens):>10,}")
-    say(f"      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}")
-    say(f"      Avg completion/req:{sum(tokens) / max(len(tokens), 1):>10,.1f}")
-    show_section("Request-Response Correlation", gap="\n")
-    say("  ID         Status     Question                       Response")
-    say("  ---------- ---------- ------------------------------ -------------------------")
-    is_cut = total > MAX_ROWS  # then those without an answer come first
-    for record in sorted(records, key=lambda each: is_cut and each.outcome == SUCCESS)[:MAX_ROWS]:
-        question = fit(record.question, 28)
-        answer = fit(record.response or "(no text)", 25, at_word=True)
-        if record.finish_reason == "length":
-            answer = fit(answer, 12) + " [max_tokens]"
-        if record.outcome != SUCCESS:
-            reason = "interrupted" if record.state == SUBMITTING else ""
-            answer = f"\n{' ' * 13}{fit(record.error or record.response or reason, 300)}"
-        status = f"{record.custom_id or '':10} {MARKS[record.outcome]} {record.outcome:8}"
-        say(f"  {status} {question}{' ' * (30 - width(question))} {answer}".rstrip())
-    if is_cut:
-        say(f"  ... and {total - MAX_ROWS} more in {path}")
-    if counts[UNKNOWN]:
-        say("\n  ? Unknown: perhaps accepted, and paid for: see the dashboard before sending again")
-    if counts[PENDING]:
-        say(f"\n  … Pending: accepted, and paid for. To go on polling:\n      {resume}")
-    if counts[NOT_SENT]:
-        say(f"\n  - Not sent: to submit them, and poll what is pending:\n      {resume} --submit")
-    return ", ".join(f"{counts[each]} {each.lower()}" for each in others if counts[each])
+    cut_off = sum(record.finish_reason == "length" for record in records)
+    mark = "✓" if counts[SUCCESS] == total else "✗"
+    gauge = f"{bar(counts[SUCCESS], total, 40)} {counts[SUCCESS] * 1000 // total / 10}%"
+    print("\n  Success Rate\n  ----------------")
+    print(f"  {mark} {gauge}\n\n      Successful:  {counts[SUCCESS]:>4}")
+    if cut_off:
+        print(f"      Cut off:     {cut_off:>4} of these, by MAX_TOKENS")
+    for outcome in (FAILED, UNKNOWN, PENDING, NOT_SENT, NO_MATCH):
+        if counts[outcome] or outcome == FAILED:
+            print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
+    print(f"      Total:       {total:>4}")
+
+    durations = [record.duration_ms for record in records if record.duration_ms is not None]
+    average = least = most = throughput = "-"
+    if durations:
+        average = f"{sum(durations) / len(durations):.1f}ms"
+        least = f"{min(durations):.1f}ms"
+        most = f"{max(durations):.1f}ms"
+    answered = sum(record.outcome == SUCCESS for record in submitted)
+    if answered:
+        throughput = f"{answered / seconds:.2f} req/s"
+    completions = [record.completion_tokens for record in records if record.completion_tokens]
+    print(
+        "\n  Performance Metrics\n  -----------------------\n"
+        f"      Total wall-clock time: {seconds:>10.2f}s\n"
+        f"      Avg generation time:   {average:>12}\n"
+        f"      Min generation time:   {least:>12}\n"
+        f"      Max generation time:   {most:>12}\n"
+        f"      Throughput:            {throughput:>16}\n"
+        "\n  Token Usage\n  ---------------\n"
+        f"      Prompt tokens:     {sum(record.prompt_tokens or 0 for record in records):>10,}\n"
+        f"      Completion tokens: {sum(completions):>10,}\n"
+        f"      Total tokens:      {sum(record.total_tokens or 0 for record in records):>10,}\n"
+        f"      Avg completion/req:{sum(completions) / max(len(completions), 1):>10,.1f}"
+    )
 
 
-# --- The script: the results file, the configuration check, main
+def show_table(records: Records, columns: int, path: Path) -> None:
+    """Print the questions with their answers; of a long list, those without one first."""
+    rows = records
+    if len(records) > MAX_ROWS:
+        rows = sorted(records, key=lambda record: record.outcome == SUCCESS)[:MAX_ROWS]
+    # A long custom id, such as a file's name, takes columns from the question.
+    longest_id = max(len(record.custom_id) for record in rows)
+    id_columns = min(max(longest_id, 10), 24)
+    question_columns = 40 - id_columns
+    answer_columns = max(columns - 55, 25)
+    print("\n  Request-Response Correlation\n  --------------------------------\n")
+    print(
+        f"  {'ID':<{id_columns}} Status     {'Question':<{question_columns}} Response\n"
+        f"  {'-' * id_columns} {'-' * 10} {'-' * question_columns} {'-' * answer_columns}"
+    )
+    for record in rows:
+        custom_id = pad(record.custom_id, id_columns)
+        status = f"{MARKS[record.outcome]} {record.outcome:<8}"
+        question = pad(shorten(record.question, question_columns - 2), question_columns)
+        answer = answer_cell(record, answer_columns)
+        print(f"  {custom_id} {status} {question} {answer}".rstrip())
+    if len(records) > MAX_ROWS:
+        print(f"  ... and {len(records) - MAX_ROWS} more in {path}")
+
+
+def answer_cell(record: Record, columns: int) -> str:
+    """Return what the table shows of an answer, cut between two words if there are some."""
+    text = record.error or record.response or ""
+    if not isinstance(text, str):
+        return "(no text: see the file)"
+    if record.finish_reason == "length":
+        return shorten(text, columns - 10) + " [cut off]"
+    start = textwrap.shorten(printable(text), columns, placeholder="...")
+    if len(start) < columns // 2:  # it is short, or a long word was cut off
+        start = text
+    return shorten(start, columns)
+
+
+def show_reasons(records: Records) -> None:
+    """Print why requests have no answer: each reason once, with how many have it."""
+    reasons = Counter(record.error for record in records if record.error)
+    for reason, count in reasons.most_common(MAX_ROWS):
+        print(f"\n  {count} without an answer:\n{wrap(str(reason), '      ')}")
+
+
+def show_lost_ids(records: Records, path: Path) -> None:
+    """Print the ids that are not on file, and the Python that puts them there."""
+    print(
+        "\n  These ids have arrived and are not on file. This Python puts them there:\n\n"
+        f"      from {Path(sys.argv[0]).stem} import Results\n"
+        f"      results = Results({str(path)!r})\n"
+        "      records = {record.custom_id: record for record in results.load()}"
+    )
+    for record in records:
+        print(f"      records[{record.custom_id!r}].group_id = {record.group_id!r}")
+    print("      results.save(records.values())")
+
+
+def advice(records: Records, command: str) -> str:
+    """Say what to do about the requests that are not final."""
+    outcomes = {record.outcome for record in records}
+    text = ""
+    if UNKNOWN in outcomes:
+        text += "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard first.\n"
+    if PENDING in outcomes:
+        text += f"\n  … Pending: accepted. To go on polling:\n      {command}\n"
+    if NOT_SENT in outcomes:
+        text += f"\n  - Not sent: to submit them, and poll:\n      {command} --submit\n"
+    return text
+
+
+# --- The script: the configuration, the files of a run, main
 
 PREFIX = "async-group"  # of the names of results files
-file_lock = threading.Lock()
-
-
-def append_rows(path: Path, records: Records) -> None:
-    """Append a row for each record, in one write; raise OSError if it does not take them all."""
-    rows = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock, path.open("ab", buffering=0) as file:
-        written = file.write(rows)
-        if written < len(rows):  # the next row must not be glued to half a row
-            file.truncate(file.tell() - written)
-            raise OSError(f"no room left for {path}")
-
-
-def read_results(path: Path) -> tuple[Records, list[bytes]]:
-    """Return the last record of each request in a results file, and the lines that are no rows."""
-    records, others = dict[str | None, Record](), list[bytes]()
-    for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
-        with suppress(ValueError, TypeError, RecursionError):
-            record = Record(**json.loads(line))
-            if asdict(record) == json.loads(line):  # else it may be the other script's
-                records[record.custom_id or record.generation_id] = record
-                continue
-        others.append(line)
-    return list(records.values()), others
-
-
-def open_run(name: str | None, is_submitting: bool) -> tuple[Records, Path]:
-    """Return the records and the results file of a new run, or of the earlier one of that name."""
-    if name is None:
-        questions = [SAMPLE_QUESTIONS[n % len(SAMPLE_QUESTIONS)] for n in range(NUM_REQUESTS)]
-        records = [Record(f"req-{n:03}", question) for n, question in enumerate(questions, 1)]
-        path = Path(RESULTS_DIR, f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.jsonl")
-        append_rows(path, records)
-        return records, path
-    newest_first = sorted(Path(RESULTS_DIR).glob(f"{PREFIX}-*.jsonl"), reverse=True)
-    for path in [Path(name)] if name else newest_first:
-        records, damaged = read_results(path)
-        if any(name or record.outcome == PENDING for record in records):
-            break
-    else:
-        raise ValueError(f"there is nothing to resume in {name or RESULTS_DIR}")
-    last_line = path.read_bytes().rpartition(b"\n")[2]
-    with path.open("ab") as file:
-        if last_line in damaged:  # a kill tore it
-            file.truncate(file.tell() - len(last_line))
-            damaged.remove(last_line)
-        elif last_line:  # an editor took its line break
-            file.write(b"\n")
-    if damaged and is_submitting:  # one of them may say that a request was sent
-        raise ValueError(f"--submit might pay twice: {path} has lines that cannot be read")
-    if damaged:
-        print(f"{path}: {len(damaged)} lines cannot be read, and are ignored", file=sys.stderr)
-    return records, path
+OTHER_SCRIPT = "async_polling_example.py"
+DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
+ENVIRONMENT = (
+    "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
+)
+RESUME_HELP = "go on polling an earlier run: without FILE the newest that has something pending"
 
 
 def check_configuration() -> None:
-    """Raise ValueError for a mistake that would lead to a hang, a traceback or a loss."""
-    _ = base_url(), api_key()  # they raise ValueError too
-    counts = (NUM_REQUESTS, MAX_POLL_ATTEMPTS)
-    numbers = (*counts, POLL_INTERVAL_SECONDS, REQUEST_TIMEOUT_SECONDS)
-    if {int} != {*map(type, counts)} or not all(0 < number <= 1_000_000 for number in numbers):
-        raise ValueError(f"NUM_REQUESTS, MAX_... and ..._SECONDS must be 1 to 1,000,000: {numbers}")
-    if NUM_REQUESTS > 50:
-        raise ValueError("NUM_REQUESTS: a group holds 50; async_polling_example.py takes more")
-    if not isinstance(SAMPLE_QUESTIONS, list) or {str} != {*map(type, SAMPLE_QUESTIONS)}:
-        raise ValueError("SAMPLE_QUESTIONS must be a list of texts, and not be empty")
-    request = json.loads(json.dumps(build_request("any", SAMPLE_QUESTIONS[0])))
-    if dig(request, str, "metadata", "custom_id") != "any":
-        raise ValueError("build_request must return a JSON object with metadata.custom_id as given")
+    """Raise ValueError for a constant that can't be used, with its name and value."""
+    numbers = {
+        "NUM_REQUESTS": NUM_REQUESTS,
+        "MAX_TOKENS": MAX_TOKENS,
+        "POLL_INTERVAL_SECONDS": POLL_INTERVAL_SECONDS,
+        "MAX_POLL_ATTEMPTS": MAX_POLL_ATTEMPTS,
+        "REQUEST_TIMEOUT_SECONDS": REQUEST_TIMEOUT_SECONDS,
+    }
+    for name, value in numbers.items():
+        is_number = isinstance(value, int)
+        if name.endswith("_SECONDS"):
+            is_number = isinstance(value, int | float)
+        if not is_number or not 0 < value <= 1_000_000:
+            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
+    if not isinstance(RESULTS_DIR, str):
+        raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
 
-def run(records: Records, unsent: Records, path: Path) -> int:
-    """Submit what is unsent, poll what is pending, show both, and return the exit code."""
-    job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {path}"
-    say(f"{RULE}\n INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE\n{RULE}\n\n  Configuration:")
-    say(f"    • {job}\n    • Model: {MODEL_ID}\n    • Poll interval: {POLL_INTERVAL_SECONDS}s")
-    pool, save = ThreadPoolExecutor(1), lambda rows: append_rows(path, rows)
+def new_records() -> Records:
+    """Return a record for each question; ValueError if load_questions returns anything else."""
+    questions = load_questions()
+    if not isinstance(questions, dict) or not questions:
+        raise ValueError(f"load_questions must return questions by custom id, not {questions!r}")
+    if len(questions) > MAX_GROUP_SIZE:
+        raise ValueError(
+            f"load_questions returned {len(questions)} questions (see NUM_REQUESTS), and a group "
+            f"holds {MAX_GROUP_SIZE}: {OTHER_SCRIPT} takes more"
+        )
+    for custom_id, question in questions.items():
+        if not isinstance(question, str):
+            raise ValueError(f"load_questions: {custom_id!r} has {question!r}, which is no text")
+    return [new_record(custom_id, question) for custom_id, question in questions.items()]
+
+
+def open_results(resume: str | None) -> Results:
+    """Open the file of a new run (None), of the one named, or ("") of the newest pending one."""
+    folder = Path(RESULTS_DIR).expanduser()
+    if resume is None:
+        records = new_records()
+        results = Results(folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db")
+        results.save(records)
+        return results
+    if resume:
+        path = Path(resume).with_suffix(".db")
+        if not path.is_file():
+            raise ValueError(f"there is no {path} (an earlier version's .jsonl can't be resumed)")
+        return Results(path)
+    for path in sorted(folder.glob(f"{PREFIX}-*.db"), reverse=True):
+        results = Results(path)
+        outcomes = {record.outcome for record in results.load()}
+        if PENDING in outcomes:
+            return results
+        results.close()
+        if NOT_SENT in outcomes:
+            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
+    raise ValueError(f"nothing is pending in {folder}")
+
+
+def handle_signals(screen: Screen, records: Records, command: str) -> None:
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, or end the program if it is ending."""
+
+    def handle(*_: object) -> None:
+        # os.write, as print may be what is being interrupted
+        if screen.is_ending:
+            mark_interrupted(records)
+            os.write(2, advice(records, command).encode())
+            os._exit(130)
+        screen.is_ending = True
+        if any(record.state == SUBMITTING for record in records):
+            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def run(
+    client: Client, results: Results, records: Records, unsent: Records, screen: Screen
+) -> None:
+    """Submit what is unsent, then poll what is pending, and show both."""
+    job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {results.path}"
+    screen.print_title("INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE")
+    screen.print(f"\n  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
+    screen.print(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
+    pool = ThreadPoolExecutor(1)
     try:
         if unsent:
-            show_section(f"Submitting {len(unsent)} Requests", gap="\n")
-            rows = [f"    {record.custom_id}: {fit(record.question, 65)}" for record in unsent]
-            more = [f"    ... and {len(rows) - 5} more"] if len(rows) > 5 else []
-            say("\n".join([*rows[:5], *more, "\n  Submitting to Group API..."]))
-            with suppress(ApiError):  # it is the error of the requests that were not sent
-                for [first, *_] in submit_all(pool, unsent, save, lambda: show_live(unsent)):
-                    if first.group_id:
-                        say(f"  ✓ Group created: {first.group_id}\n  ✓ Group size: {len(unsent)}")
+            screen.print_section(f"Submitting {len(unsent)} Requests")
+            screen.watched = unsent
+            screen.print_questions(unsent)
+            for submitted in submit_all(client, pool, unsent, results.save):
+                screen.print_submission(submitted)
+    except ApiError as error:
+        screen.notes.append(f"Nothing more was submitted: {error}")
+    try:
         pending = [record for record in records if record.outcome == PENDING]
         if pending:
-            show_section("Polling for Results", gap="\n")
-        for attempt, new in enumerate(poll_all(pool, records, save, lambda: show_live(pending)), 1):
-            if new or attempt == 1:
-                total, done = len(pending), sum(record.outcome != PENDING for record in pending)
-                text = f"{bar(done, total, 30)} {done}/{total} ({done * 100 // total}%)"
-                if done < total:
-                    running = sum(record.state == IN_PROGRESS for record in pending)
-                    text += f" (⏳ {running} running, {total - done - running} queued)"
-                say(f"  [{attempt:>3}] {text}")
-        return 0
-    except (ApiError, OSError, KeyboardInterrupt) as error:
-        hint = "up to 2 s for ids on their way; Ctrl-C again ends now"
-        say(f"\n  Stopping: {fit(str(error) or hint, 300)}")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+            screen.print_section("Polling for Results")
+            screen.watched = pending
+            polls = poll_all(client, pool, records, results.save)
+            for attempt, final in enumerate(polls, start=1):
+                records += [record for record in final if record.outcome == NO_MATCH]
+                screen.print_poll(attempt, pending)
+        if any(record.outcome == PENDING for record in pending):
+            minutes = MAX_POLL_ATTEMPTS * POLL_INTERVAL_SECONDS / 60
+            screen.notes.append(
+                f"The polls are used up: {MAX_POLL_ATTEMPTS} of the group, in about "
+                f"{minutes:.1f} minutes. To wait for longer, raise MAX_POLL_ATTEMPTS."
+            )
     finally:
-        pool.shutdown(wait=False)
-        until = time.monotonic() + 2
-        workers = {each for each in threading.enumerate() if each.is_alive()}
-        for thread in workers - {threading.main_thread()}:
-            thread.join(max(0, until - time.monotonic()))
+        pool.shutdown(wait=False)  # a poll that stalls must not hold up the end
+
+
+def write_answers(records: Records, path: Path) -> None:
+    """Write a line of JSON for each record, without the request that was sent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            row = dict(vars(record))
+            del row["request"]
+            file.write(json.dumps(row) + "\n")
+
+
+def lost_ids(records: Records, results: Results) -> Records:
+    """Return the records whose group id is not on file."""
+    on_file: set[str | None] = {None}
+    if results.path.is_file():
+        with suppress(OSError):
+            on_file.update(record.group_id for record in results.load())
+    return [record for record in records if record.group_id not in on_file]
+
+
+def end_run(
+    screen: Screen, records: Records, unsent: Records, results: Results, command: str
+) -> bool:
+    """Save everything, show the summary, and tell if every request has its answer."""
+    screen.is_ending = True
+    screen.watched = []
+    mark_interrupted(records)
+    path = results.path.with_suffix(".jsonl")
+    try:
+        write_answers(records, path)
+        if not results.path.is_file():  # it was deleted during the run
+            results = Results(results.path)
+        results.save(records)
+    except OSError as error:
+        screen.notes.append(str(error))
+    lost = lost_ids(records, results)
+    missing = Counter(record.outcome.lower() for record in records if record.outcome != SUCCESS)
+    ending = "Generation complete!"
+    if missing or screen.notes:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in missing.items())
+        ending = f"Not complete: {counts or 'see above'}"
+    try:
+        screen.print("")
+        screen.print_title("GROUP GENERATION SUMMARY")
+        show_figures(records, unsent, monotonic() - screen.started_at)
+        show_table(records, screen.columns, path)
+        show_reasons(records)
+        if lost:
+            show_lost_ids(lost, results.path)
+        for note in screen.notes:
+            print("\n" + wrap(note, "  "))
+        print(f"{advice(records, command)}\n  Results: {path}\n")
+        screen.print_title(ending)
+    except OSError:  # stdout is closed or full
+        sys.stderr.write(advice(records, command))
+        return False
+    return not missing and not screen.notes
 
 
 def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="poll an earlier run")
-    parser.add_argument("--submit", action="store_true", help="submit the rest of an ended run too")
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=ENVIRONMENT)
+    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=RESUME_HELP)
+    parser.add_argument("--submit", action="store_true", help="also submit what was not sent")
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
         check_configuration()
-        records, path = open_run(options.resume, options.submit)
-    except (OSError, ValueError, TypeError) as error:
+        client = Client(timeout_seconds=REQUEST_TIMEOUT_SECONDS)
+        results = open_results(options.resume)
+        records = results.load()
+        if not records:
+            raise ValueError(f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s")
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, TypeError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    is_submitting = options.submit or options.resume is None
-    unsent = [record for record in records if is_submitting and record.outcome == NOT_SENT]
-    resume = shlex.join(["uv", "run", sys.argv[0], "--resume", str(path)])
-    answered_before = sum(record.outcome == SUCCESS for record in records)
+    unsent = []
+    if options.submit or options.resume is None:
+        unsent = [record for record in records if record.outcome == NOT_SENT]
+    command = shlex.join(["uv", "run", sys.argv[0], "--resume", str(results.path)])
+    screen = Screen()
+    handle_signals(screen, records, command)
+    exit_code = 0
     try:
-        exit_code = run(records, unsent, path)
-        say(f"\n{RULE}\n GROUP GENERATION SUMMARY\n{RULE}")
-        left = show_summary(records, answered_before, path, resume)
-        if left or exit_code:
-            kept = {each.group_id for each in (read_results(path)[0] if path.exists() else [])}
-            if records[0].group_id not in {*kept, None}:
-                say(f"\n  Keep this id, which the file does not have: {records[0].group_id}")
-        is_complete = not left and not exit_code
-        ending = "Generation complete!" if is_complete else f"Not complete: {left or 'stopped'}"
-        say(f"\n  Results: {path}\n\n{RULE}\n {ending}\n{RULE}")
-        return exit_code or int(not is_complete)
-    except (OSError, KeyboardInterrupt) as error:  # stdout is closed or full; a second Ctrl-C
-        if not isinstance(error, BrokenPipeError):
-            print(f"\n{path}: {str(error) or 'interrupted'}", file=sys.stderr)
-        if any(record.outcome == PENDING for record in records):
-            print(f"To go on polling: {resume}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        run(client, results, records, unsent, screen)
+    except KeyboardInterrupt:
+        exit_code = 130
+    except (ApiError, OSError) as error:
+        screen.notes.append(str(error))
+    finally:  # whatever ends the run
+        is_complete = end_run(screen, records, unsent, results, command)
+    return exit_code or int(not is_complete)
 
 
 if __name__ == "__main__":
-    if exit_code := main():  # a worker that is stuck must not hold up the exit
-        os._exit(exit_code)
+    if exit_code := main():
+        os._exit(exit_code)  # a poll that stalls must not hold up the exit

@@ -83,7 +83,7 @@ def serve(kind: type[LocalApi], options: dict[str, Any], pipe: Connection) -> No
         made = api.generations.values()
         seen: dict[str, Any] = {
             "connections": len(api.connections),
-            "exchanges": len(api.exchanges),
+            "exchanges": len(api.calls),
             "seconds": moments[-1] - moments[0] if moments else 0,
             "last": moments[-1] if moments else 0,
             "made again": api.made_again(),

@@ -1,12 +1,14 @@
 """What the tests share: the examples as a user has them, run as processes against the local API."""
 
 import atexit
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -42,28 +44,37 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """The newest results file."""
-        return max((self.folder / "results").glob("*.jsonl"))
+        """The newest results file, which the script resumes."""
+        return max((self.folder / "results").glob("*.db"))
+
+    @property
+    def answers(self) -> list[Json]:
+        """The lines of the .jsonl file, which users go on with: each of them must be JSON."""
+        text = self.results.with_suffix(".jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     @property
     def rows(self) -> list[Json]:
-        """Every row of the results file: each of its lines must be JSON."""
-        return [json.loads(line) for line in self.results.read_text("utf-8").splitlines()]
+        """The records on file, as they were left, even by a kill."""
+        return read_results(self.results)
 
     @property
     def final(self) -> dict[str, Json]:
-        """The last row of each custom id."""
-        return {row["custom_id"]: row for row in self.rows if row["custom_id"]}
-
-    @property
-    def sent(self) -> int:
-        """How many attempts to submit something were recorded before they were made."""
-        return sum(row["state"] == "Submitting" for row in self.rows)
+        """The record of each custom id."""
+        return {row["custom_id"]: row for row in self.rows}
 
     @property
     def states(self) -> dict[str, str]:
-        """The last state of each custom id."""
+        """The state of each custom id."""
         return {custom_id: row["state"] for custom_id, row in self.final.items()}
+
+
+def read_results(path: Path) -> list[Json]:
+    """Read the records of a results file without the script."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        [[table]] = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        rows = connection.execute(f"SELECT record FROM {table} ORDER BY rowid").fetchall()
+    return [json.loads(text) for [text] in rows]
 
 
 class Example:
@@ -81,7 +92,7 @@ class Example:
     @property
     def submissions(self) -> int:
         """How many submissions have reached the API."""
-        return sum(method == "POST" for method, _ in self.api.exchanges)
+        return sum(method == "POST" for method, _ in self.api.calls)
 
     def edit(self, **constants: Any) -> None:
         """Edit constants as a user does: the line at the top of the script."""
@@ -137,10 +148,10 @@ class Example:
         shown = run.stdout + run.stderr
         assert "Traceback" not in shown, shown
         assert "Exception ignored" not in shown, shown
-        key = (self.environment["INFERENCE_API_KEY"] or "").strip()
-        kept = [path.read_text("utf-8") for path in self.folder.glob("results/*.jsonl")]
-        for text in (shown, *kept):
-            assert not key or key not in text
+        key = (self.environment["INFERENCE_API_KEY"] or "").strip().encode()
+        kept = [path.read_bytes() for path in self.folder.glob("results/*") if path.is_file()]
+        for content in (shown.encode(errors="replace"), *kept):
+            assert not key or key not in content
         made = Counter(generation.custom_id for generation in self.api.generations.values())
         assert all(count <= self.api.new_runs for count in made.values())
         return run
@@ -252,6 +263,7 @@ __all__ = [
     "in_turn",
     "load",
     "one_each",
+    "read_results",
 ]
 
 hypothesis.settings.register_profile(

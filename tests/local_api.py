@@ -2,20 +2,35 @@
 # requires-python = ">=3.10"
 # dependencies = ["aiohttp"]
 # ///
-"""A stand-in for inference.net's Asynchronous API on this machine, to run the examples against.
+"""A stand-in for inference.net's Asynchronous API, on this machine.
 
     uv run tests/local_api.py async_polling_example.py
     uv run tests/local_api.py --flaky async_group_example.py
+    uv run tests/local_api.py --port 8000
 
-Given a command it runs it, with the environment that leads it here, and ends with its exit
-code; a script (x.py) is run with uv run. Without one it serves until Ctrl-C. No model answers:
-the sample questions have set answers, any other question is echoed. At the end it presents the
-bill on stderr: what it accepted, what of that was answered, and what it was made to make twice.
+With a command, it runs the command, with an environment that leads it here,
+and ends with its exit code. A script (x.py) is run with uv run. Without a
+command, it serves until Ctrl-C.
+
+There is no model. The sample questions have set answers. Any other question
+comes back as the answer. JSON and tool calls hold made-up values.
+
+At the end, it shows the bill on stderr: how many requests it accepted, how
+many of them it answered, and how many were made twice, which means that the
+same custom id had been accepted before.
+
+Tests of your own can import it. They need aiohttp, and tests/ on their path:
+
+    from local_api import API_KEY, LocalApi
+
+    with LocalApi(seconds=(0, 0)) as api:  # it serves from a thread
+        ...  # use api.url and API_KEY, or the variables in api.environment
 """
 
 import argparse
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
@@ -28,6 +43,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -41,7 +57,11 @@ Proceed = Callable[[], Awaitable[web.StreamResponse]]
 Fault = Callable[[web.Request, Proceed], Awaitable[web.StreamResponse]]
 
 API_KEY = "local-stand-in-key-0000"
+HIGHEST_PORT = 65535
 MAX_GROUP_SIZE = 50
+MAX_CHOICES = 10
+TOKEN_LENGTH = 4  # characters
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 ANSWERS = {
     "What is the capital of France?": "The capital of France is Paris.",
     "What is 2 + 2?": "2 + 2 equals 4.",
@@ -55,14 +75,308 @@ ANSWERS = {
     "What is the opposite of hot?": "The opposite of hot is cold.",
 }
 CHAT_KEYS = {
-    *("model", "messages", "max_tokens", "metadata", "temperature", "top_p", "n", "stop", "seed"),
-    *("frequency_penalty", "presence_penalty", "response_format", "tools", "tool_choice"),
-    *("logprobs", "top_logprobs", "stream", "max_completion_tokens", "webhook_id"),
+    "frequency_penalty",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "metadata",
+    "model",
+    "n",
+    "presence_penalty",
+    "response_format",
+    "seed",
+    "stop",
+    "stream",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "webhook_id",
 }
+ROLES = ["system", "developer", "user", "assistant", "tool"]
+
+
+# The check of a request
 
 
 class BadRequestError(Exception):
     """What the service would answer with 400 and this message."""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Refuse the request with this message, unless the condition holds."""
+    if not condition:
+        raise BadRequestError(message)
+
+
+async def read_json(request: web.Request) -> Any:
+    """Return the body of a request, which must be JSON."""
+    try:
+        return await request.json()
+    except (ValueError, RecursionError):
+        raise BadRequestError("the body must be JSON") from None
+
+
+def check_keys(given: Json, known: set[str]) -> None:
+    """Refuse a request that has a key which is not known."""
+    unknown = sorted(given.keys() - known)
+    expect(not unknown, f"unknown keys: {', '.join(unknown)}")
+
+
+def check_chat(chat: Any, position: int) -> None:
+    """Check a chat completion request; position is its place in the group."""
+    expect(isinstance(chat, dict), f"requests[{position}] must be an object")
+    check_keys(chat, CHAT_KEYS)
+    model = chat.get("model")
+    expect(isinstance(model, str) and model != "", "model must be a text")
+    messages = chat.get("messages")
+    is_list = isinstance(messages, list) and messages != []
+    expect(is_list, "messages must be a list that is not empty")
+    for message in messages:
+        check_message(message)
+    metadata = chat.get("metadata", {})
+    expect(isinstance(metadata, dict), "metadata must hold texts")
+    for value in metadata.values():
+        expect(isinstance(value, str), "metadata must hold texts")
+    check_numbers(chat)
+    check_tools(chat.get("tools", []))
+    check_format(chat.get("response_format", {"type": "text"}))
+
+
+def check_message(message: Any) -> None:
+    """Check one of the messages of a request."""
+    expect(isinstance(message, dict), "a message must be an object")
+    role = message.get("role")
+    expect(role in ROLES, f"a message's role must be one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return  # the message is a call of a tool, which has no text
+    if isinstance(content, str):
+        return
+    is_list = isinstance(content, list) and content != []
+    expect(is_list, "a message's content must be a text or a list of parts")
+    for part in content:
+        check_part(part)
+
+
+def check_part(part: Any) -> None:
+    """Check one part of a message's content."""
+    expect(isinstance(part, dict), "a part of a content must be an object")
+    kind = part.get("type")
+    if kind == "text":
+        expect(isinstance(part.get("text"), str), "a text part must have a text")
+    elif kind == "image_url":
+        image = part.get("image_url")
+        has_url = isinstance(image, dict) and isinstance(image.get("url"), str)
+        expect(has_url, "an image_url part must have an image_url with a url")
+    else:
+        raise BadRequestError("a part's type must be text or image_url")
+
+
+def check_numbers(chat: Json) -> None:
+    """Check the numbers that decide what an answer looks like."""
+    for key in TOKEN_LIMITS:
+        is_right = is_whole(chat.get(key, 1)) and chat.get(key, 1) >= 1
+        expect(is_right, f"{key} must be a whole number above 0")
+    count = chat.get("n", 1)
+    is_right = is_whole(count) and 1 <= count <= MAX_CHOICES
+    expect(is_right, f"n must be a whole number from 1 to {MAX_CHOICES}")
+    expect(isinstance(chat.get("logprobs", False), bool), "logprobs must be true or false")
+
+
+def is_whole(value: Any) -> bool:
+    """Tell whether it is a whole number; to Python, true and false are numbers too."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_tools(tools: Any) -> None:
+    """Check the tools that the model may call."""
+    expect(isinstance(tools, list), "tools must be a list")
+    for tool in tools:
+        is_object = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+        expect(is_object, "a tool must be an object with a function")
+        expect(tool.get("type") == "function", "a tool's type must be function")
+        name = tool["function"].get("name")
+        expect(isinstance(name, str) and name != "", "a tool's function must have a name")
+        sample_value(parameters_of(tool))  # refuses what is no schema
+
+
+def check_format(wanted: Any) -> None:
+    """Check the format that the answer is to have."""
+    expect(isinstance(wanted, dict), "response_format must be an object")
+    kind = wanted.get("type")
+    is_known = kind in ("text", "json_object", "json_schema")
+    expect(is_known, "response_format.type must be text, json_object or json_schema")
+    if kind == "json_schema":
+        is_object = isinstance(wanted.get("json_schema"), dict)
+        expect(is_object, "response_format.json_schema must be an object")
+        sample_value(schema_of(wanted))  # refuses what is no schema
+
+
+# The answer to a request
+
+
+def schema_of(wanted: Json) -> Any:
+    """Return the schema in a response_format; without one, any object will do."""
+    return wanted["json_schema"].get("schema", {"type": "object"})
+
+
+def parameters_of(tool: Json) -> Any:
+    """Return the schema of a tool's parameters; without one, there are none."""
+    return tool["function"].get("parameters", {"type": "object"})
+
+
+def sample_value(schema: Any) -> Any:
+    """Return a small value of the type that a JSON schema declares."""
+    expect(isinstance(schema, dict), "a JSON schema must be an object")
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return first_of(schema, "enum")
+    if "anyOf" in schema:
+        return sample_value(first_of(schema, "anyOf"))
+    kind = schema.get("type")
+    if isinstance(kind, list):  # several types are allowed, as in ["string", "null"]
+        kind = first_of(schema, "type")
+    if kind == "object" or "properties" in schema:
+        return sample_object(schema)
+    if kind == "array":
+        return [sample_value(schema["items"])] if "items" in schema else []
+    if kind == "integer":
+        return 1
+    if kind == "number":
+        return 1.5
+    if kind == "boolean":
+        return True
+    if kind == "null":
+        return None
+    return "text"
+
+
+def first_of(schema: Json, key: str) -> Any:
+    """Return the first thing in a list that a JSON schema has."""
+    values = schema[key]
+    is_list = isinstance(values, list) and values != []
+    expect(is_list, f"a JSON schema's {key} must be a list that is not empty")
+    return values[0]
+
+
+def sample_object(schema: Json) -> Json:
+    """Return a small object with the properties that a JSON schema names."""
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    expect(isinstance(properties, dict), "a JSON schema's properties must be an object")
+    expect(isinstance(required, list), "a JSON schema's required must be a list")
+    value = {name: sample_value(properties[name]) for name in properties}
+    for name in required:
+        expect(isinstance(name, str), "a JSON schema's required must hold texts")
+        value.setdefault(name, "text")
+    return value
+
+
+def question_of(chat: Json) -> str:
+    """Return the text of the user's last message, or of the last one of all."""
+    messages = chat["messages"]
+    asked = [message for message in messages if message["role"] == "user"]
+    last = asked[-1] if asked else messages[-1]
+    content = last.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
+
+
+def answer_of(chat: Json) -> str:
+    """Return the answer to a request, in the format that it asks for."""
+    question = question_of(chat)
+    answer = ANSWERS.get(question, f"You asked: {question}")
+    wanted = chat.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        return json.dumps({"answer": answer}, ensure_ascii=False)
+    if wanted["type"] == "json_schema":
+        return json.dumps(sample_value(schema_of(wanted)), ensure_ascii=False)
+    return answer
+
+
+def tool_to_call(chat: Json) -> Json | None:
+    """Return the tool that the model calls, which is the first, or None."""
+    tools = chat.get("tools", [])
+    if not tools or chat.get("tool_choice") == "none":
+        return None
+    if chat["messages"][-1]["role"] == "tool":
+        return None  # it has just been called; another call would never lead to an end
+    return tools[0]
+
+
+def response_to(chat: Json, generation_id: str) -> Json:
+    """Return the chat completion that answers a request."""
+    tool = tool_to_call(chat)
+    if tool is None:
+        text = answer_of(chat)
+    else:
+        text = json.dumps(sample_value(parameters_of(tool)), ensure_ascii=False)
+    tokens = split(text)
+    limits = [chat[key] for key in TOKEN_LIMITS if key in chat]
+    kept = tokens[: min(limits, default=len(tokens))]
+    choices = []
+    for index in range(chat.get("n", 1)):
+        if tool is None:
+            choice = text_choice(index, kept)
+        else:
+            choice = call_choice(index, kept, tool, generation_id)
+        if len(kept) < len(tokens):
+            choice["finish_reason"] = "length"
+        if chat.get("logprobs"):
+            choice["logprobs"] = logprobs_of(choice["message"]["content"] or "")
+        choices.append(choice)
+    return {"choices": choices, "usage": usage_of(chat, len(kept) * len(choices))}
+
+
+def split(text: str) -> list[str]:
+    """Return the tokens of a text; four characters are one, and so is what is left."""
+    return [text[start : start + TOKEN_LENGTH] for start in range(0, len(text), TOKEN_LENGTH)]
+
+
+def text_choice(index: int, tokens: list[str]) -> Json:
+    """Return a choice that is a text."""
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": "".join(tokens)},
+        "finish_reason": "stop",
+    }
+
+
+def call_choice(index: int, tokens: list[str], tool: Json, generation_id: str) -> Json:
+    """Return a choice that is a tool call; the tokens are those of its arguments."""
+    call = {
+        "id": f"call_{generation_id}_{index}",
+        "type": "function",
+        "function": {"name": tool["function"]["name"], "arguments": "".join(tokens)},
+    }
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": None, "tool_calls": [call]},
+        "finish_reason": "tool_calls",
+    }
+
+
+def logprobs_of(content: str) -> Json:
+    """Return how likely each token of a content was; here, all are alike."""
+    return {"content": [{"token": token, "logprob": -0.1} for token in split(content)]}
+
+
+def usage_of(chat: Json, completion_tokens: int) -> Json:
+    """Return what a request and its answer are billed for."""
+    prompt_tokens = 8 + len(question_of(chat)) // TOKEN_LENGTH
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+# The API
 
 
 @dataclass
@@ -79,30 +393,28 @@ class Generation:
     @property
     def custom_id(self) -> str | None:
         """The id that the client gave the request."""
-        return (self.request.get("metadata") or {}).get("custom_id")
+        return self.request.get("metadata", {}).get("custom_id")
 
     def as_json(self) -> Json:
         """The generation as the API would show it now."""
         now = datetime.now(timezone.utc)
-        question = self.request["messages"][-1]["content"]
-        answer = ANSWERS.get(question, f"You asked: {question}")
-        usage = {"prompt_tokens": 8 + len(question) // 4, "completion_tokens": len(answer) // 4}
-        usage["total_tokens"] = sum(usage.values())
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer},
-            "finish_reason": "stop",
-        }
-        is_done, is_running = now >= self.finished, now >= self.dispatched
-        return {
+        shown = {
             "id": self.id,
-            "state": "Success" if is_done else "In Progress" if is_running else "Queued",
+            "state": "Queued",
             "stateMessage": None,
             "request": self.request,
-            "response": {"choices": [choice], "usage": usage} if is_done else None,
-            "dispatchedAt": show_time(self.dispatched) if is_running else None,
-            "finishedAt": show_time(self.finished) if is_done else None,
+            "response": None,
+            "dispatchedAt": None,
+            "finishedAt": None,
         }
+        if now >= self.dispatched:
+            shown["state"] = "In Progress"
+            shown["dispatchedAt"] = show_time(self.dispatched)
+        if now >= self.finished:
+            shown["state"] = "Success"
+            shown["response"] = response_to(self.request, self.id)
+            shown["finishedAt"] = show_time(self.finished)
+        return shown
 
 
 def show_time(moment: datetime) -> str:
@@ -115,12 +427,17 @@ def problem(status: int, message: str, headers: dict[str, str] | None = None) ->
     return web.json_response({"error": {"message": message}}, status=status, headers=headers)
 
 
-class LocalApi:
-    """The stand-in: its state, its endpoints, and what tests and --flaky make it do wrong.
+class PortError(OSError):
+    """The port cannot be served on, and why."""
 
-    As a context manager it serves from a thread of its own. seconds is how long a generation
-    takes, at least and at most. delay_seconds is added to every exchange, and
-    connect_seconds to the first one of a connection.
+
+class LocalApi:
+    """The stand-in: its state, its endpoints, and what it is made to do wrong.
+
+    As a context manager, it serves from a thread of its own. seconds is how long
+    a generation takes, at least and at most. delay_seconds is added to every
+    call, and connect_seconds to the first one of a connection. port 0 is any
+    free port.
     """
 
     def __init__(
@@ -129,30 +446,32 @@ class LocalApi:
         tls: ssl.SSLContext | None = None,
         delay_seconds: float = 0,
         connect_seconds: float = 0,
+        port: int = 0,
     ) -> None:
         self.seconds = seconds
         self.tls = tls
         self.delay_seconds = delay_seconds
         self.connect_seconds = connect_seconds
+        self.port = port
         self.generations: dict[str, Generation] = {}
         self.groups: dict[str, list[Generation]] = {}
-        self.exchanges: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []  # the method and the path of each
         self.connections: set[Any] = set()
         self.headers_seen: list[dict[str, str]] = []
         self.choose_fault: Callable[[web.Request, Json], Fault | None] = lambda request, body: None
         self.alter: Callable[[Json], Any] = lambda generation: generation
         self.alter_list: Callable[[list[Any]], Any] = lambda generations: generations
         self.new_runs = 0  # counted by the tests: how often a custom id may be made anew
-        self.port = 0
 
     @property
     def url(self) -> str:
         """What INFERENCE_BASE_URL is to be."""
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://127.0.0.1:{self.port}/v1"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What leads a script here."""
+        """The variables that lead a script here."""
         return {
             "INFERENCE_BASE_URL": self.url,
             "INFERENCE_API_KEY": API_KEY,
@@ -162,38 +481,27 @@ class LocalApi:
 
     def made_again(self) -> int:
         """How many generations were made for a custom id that had one already."""
-        made = Counter(generation.custom_id for generation in self.generations.values())
+        custom_ids = [generation.custom_id for generation in self.generations.values()]
+        made = Counter(each for each in custom_ids if each is not None)
         return sum(count - 1 for count in made.values())
+
+    def unanswered(self) -> int:
+        """How many generations no client has seen done."""
+        return sum(not generation.was_answered for generation in self.generations.values())
 
     def bill(self) -> str:
         """What was accepted, answered, and made twice."""
-        answered = sum(generation.was_answered for generation in self.generations.values())
-        return (
-            f"accepted {len(self.generations)} generations, answered {answered}, "
-            f"made {self.made_again()} twice for the same custom id"
-        )
+        accepted = len(self.generations)
+        answered = accepted - self.unanswered()
+        twice = self.made_again()
+        made_twice = f"{twice} made twice" if twice else "none twice"
+        return f"{accepted} accepted, {answered} answered, {made_twice}"
 
     # Endpoints
 
     def accept(self, request: Any, position: int = 0) -> Generation:
         """Check a chat completion request and take it."""
-        if not isinstance(request, dict):
-            raise BadRequestError(f"requests[{position}] must be an object")
-        unknown = request.keys() - CHAT_KEYS
-        if unknown:
-            raise BadRequestError(f"unknown keys: {', '.join(sorted(unknown))}")
-        messages, metadata = request.get("messages"), request.get("metadata", {})
-        if not isinstance(request.get("model"), str) or not request["model"]:
-            raise BadRequestError("model must be a text")
-        if not isinstance(messages, list) or not messages:
-            raise BadRequestError("messages must be a list that is not empty")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise BadRequestError("a message must have a role and a content")
-        if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-            raise BadRequestError("metadata must hold texts")
-        if not isinstance(request.get("max_tokens", 1), int) or request.get("max_tokens", 1) < 1:
-            raise BadRequestError("max_tokens must be a whole number above 0")
+        check_chat(request, position)
         seconds = random.uniform(*self.seconds)
         now = datetime.now(timezone.utc)
         return Generation(
@@ -205,21 +513,21 @@ class LocalApi:
 
     async def submit(self, request: web.Request) -> web.Response:
         """POST /v1/async/chat/completions."""
-        generation = self.accept(await request.json())
+        generation = self.accept(await read_json(request))
         self.generations[generation.id] = generation
         return web.json_response({"id": generation.id})
 
     async def submit_group(self, request: web.Request) -> web.Response:
         """POST /v1/async/group/chat/completions."""
-        body = await request.json()
-        unknown = body.keys() - {"requests", "webhook_id"}
-        if unknown:
-            raise BadRequestError(f"unknown keys: {', '.join(sorted(unknown))}")
+        body = await read_json(request)
+        expect(isinstance(body, dict), "the body must be an object")
+        check_keys(body, {"requests", "webhook_id"})
         requests = body.get("requests")
-        if not isinstance(requests, list) or not 1 <= len(requests) <= MAX_GROUP_SIZE:
-            raise BadRequestError(f"requests must hold 1 to {MAX_GROUP_SIZE} requests")
+        is_right = isinstance(requests, list) and 1 <= len(requests) <= MAX_GROUP_SIZE
+        expect(is_right, f"requests must hold 1 to {MAX_GROUP_SIZE} requests")
         members = [self.accept(member, position) for position, member in enumerate(requests)]
-        self.generations |= {generation.id: generation for generation in members}
+        for generation in members:
+            self.generations[generation.id] = generation
         group_id = secrets.token_urlsafe(16)[:21]
         self.groups[group_id] = members
         return web.json_response({"groupId": group_id, "groupSize": len(members)})
@@ -227,7 +535,8 @@ class LocalApi:
     def show(self, generation: Generation) -> Any:
         """Return a generation as it is now, or as a test alters it."""
         shown = generation.as_json()
-        generation.was_answered |= shown["state"] in ("Success", "Failed")
+        if shown["state"] == "Success":
+            generation.was_answered = True
         return self.alter(shown)
 
     async def fetch(self, request: web.Request) -> web.Response:
@@ -244,20 +553,24 @@ class LocalApi:
             return problem(404, "no such group")
         now = datetime.now(timezone.utc)
         listed = [each for each in members if now >= each.finished or not each.is_listed_late]
-        shown = [self.show(generation) for generation in random.sample(listed, len(listed))]
+        random.shuffle(listed)  # the service promises no order
+        shown = [self.show(generation) for generation in listed]
         return web.json_response({"generations": self.alter_list(shown)})
 
     # Serving
 
     @web.middleware
     async def serve_one(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Answer one request: its delay, its fault, its key, its endpoint."""
+        """Answer one call: its delay, its fault, its key, its endpoint."""
         is_new = request.transport is not None and request.transport not in self.connections
         self.connections.add(request.transport)
-        self.exchanges.append((request.method, request.path))
+        self.calls.append((request.method, request.path))
         self.headers_seen.append(dict(request.headers))
         await asyncio.sleep(self.delay_seconds + (self.connect_seconds if is_new else 0))
-        body = await request.json() if request.method == "POST" else {}
+        body = {}
+        if request.method == "POST":
+            with contextlib.suppress(BadRequestError):  # the endpoint will say it
+                body = await read_json(request)
 
         async def proceed() -> web.StreamResponse:
             if request.headers.get("Authorization") != f"Bearer {API_KEY}":
@@ -268,10 +581,12 @@ class LocalApi:
                 return problem(400, str(error))
 
         fault = self.choose_fault(request, body)
-        return await fault(request, proceed) if fault else await proceed()
+        if fault is not None:
+            return await fault(request, proceed)
+        return await proceed()
 
     async def start(self) -> web.AppRunner:
-        """Start to serve on a free port of the loopback interface."""
+        """Start to serve on the port of the loopback interface."""
         app = web.Application(middlewares=[self.serve_one], client_max_size=2**26)
         app.router.add_post("/v1/async/chat/completions", self.submit)
         app.router.add_post("/v1/async/group/chat/completions", self.submit_group)
@@ -279,8 +594,12 @@ class LocalApi:
         app.router.add_get("/v1/async/group/{id}/generations", self.fetch_group)
         runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self.tls)
-        await site.start()
+        site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=self.tls)
+        try:
+            await site.start()
+        except OSError as error:
+            await runner.cleanup()
+            raise PortError(f"port {self.port} cannot be used: {explain(error)}") from error
         self.port = runner.addresses[0][1]
         return runner
 
@@ -288,7 +607,11 @@ class LocalApi:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.runner = asyncio.run_coroutine_threadsafe(self.start(), self.loop).result()
+        try:
+            self.runner = asyncio.run_coroutine_threadsafe(self.start(), self.loop).result()
+        except PortError:
+            self.end_thread()
+            raise
         return self
 
     async def stop(self) -> None:
@@ -299,11 +622,22 @@ class LocalApi:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
 
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.stop(), self.loop).result()
+    def end_thread(self) -> None:
+        """End the thread that serves."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self.stop(), self.loop).result()
+        self.end_thread()
+
+
+def explain(error: OSError) -> str:
+    """Return in a few words why a port cannot be used."""
+    if error.errno == errno.EADDRINUSE:
+        return "something else is using it"
+    return os.strerror(error.errno or 0)
 
 
 # Faults: what may come in place of a proper answer
@@ -461,15 +795,46 @@ class Flaky:
 # The command line
 
 
+def port_number(text: str) -> int:
+    """Read the number of a port from the command line."""
+    if not text.isascii() or not text.isdigit() or int(text) > HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {HIGHEST_PORT}")
+    return int(text)
+
+
+def say(text: str) -> None:
+    """Tell the user something; stdout is left to the command and to what is copied."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run(command: list[str], environment: dict[str, str]) -> int:
     """Run the command here, and return its exit code; signals are left to it."""
-    if command[0].endswith(".py"):
-        command = ["uv", "run", *command]
     child = subprocess.Popen(command, env={**os.environ, **environment})
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the child as well
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     code = child.wait()
     return code if code >= 0 else 128 - code
+
+
+def serve(environment: dict[str, str]) -> None:
+    """Show what to copy into another terminal, and serve until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        for name, value in environment.items():
+            print(f"export {name}={value}", flush=True)
+        say("Copy the export lines into another terminal. Ctrl-C here ends the local API.")
+        while True:
+            time.sleep(3600)  # unlike an Event, Ctrl-C ends it on Windows too
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending: a second one changes nothing
+
+
+def show_bill(api: LocalApi) -> None:
+    """Tell the user what was accepted and answered, and what is lost now."""
+    say(f"The local API: {api.bill()}.")
+    if api.unanswered():
+        say(f"Not answered: {api.unanswered()}. They are gone now: the local API keeps nothing.")
+        say("A --resume command that a script has printed for them cannot work any more.")
 
 
 def main() -> int:
@@ -478,28 +843,34 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--flaky", action="store_true", help="answer badly, a fair share of times")
+    parser.add_argument(
+        "--port",
+        type=port_number,
+        default=0,
+        metavar="N",
+        help="the port to serve on; 0, the default, is any free one",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run against it")
     options = parser.parse_args()
-    name = options.command[0] if options.command else None
-    if name and not name.endswith(".py") and not shutil.which(name):
-        parser.exit(127, f"{parser.prog}: command not found: {name}\n")
-    with LocalApi() as api:
-        if options.flaky:
-            api.choose_fault = Flaky()
-        print(
-            f"This is a local stand-in for the inference.net API, at {api.url}: "
-            "it has no model and costs nothing.",
-            file=sys.stderr,
-        )
-        if options.command:
-            code = run(options.command, api.environment)
-        else:
-            for name, value in api.environment.items():
-                print(f"export {name}={value}")
-            code = 0
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
-        print(f"The local stand-in {api.bill()}.", file=sys.stderr)
+    command = options.command
+    if command and command[0].endswith(".py"):
+        command = ["uv", "run", *command]
+    if command and not shutil.which(command[0]):
+        parser.exit(127, f"{parser.prog}: command not found: {command[0]}\n")
+    code = 0
+    try:
+        with LocalApi(port=options.port) as api:
+            if options.flaky:
+                api.choose_fault = Flaky()
+            say(f"A local stand-in for the inference.net API, at {api.url}.")
+            say("It has no model and costs nothing.")
+            if command:
+                code = run(command, api.environment)
+            else:
+                serve(api.environment)
+            show_bill(api)
+    except PortError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return code
 
 

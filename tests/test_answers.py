@@ -459,7 +459,7 @@ def test_a_missing_key_is_a_plain_error(
     with pytest.raises(ValueError, match=r"^set INFERENCE_API_KEY to your key") as error:
         submit(module.Session(), {}, 1)
     assert error.value.__context__ is None
-    assert not api.exchanges
+    assert not api.calls
 
 
 @both
@@ -471,7 +471,7 @@ def test_a_submission_is_a_post_whatever_its_body(
         monkeypatch.setenv(name, value)
     with pytest.raises(module.Refused, match=r"^HTTP 400: "):
         getattr(module, SUBMIT[f"{module.__name__}.py"])(module.Session(), body, 1)
-    assert [method for method, _ in api.exchanges] == ["POST"]
+    assert [method for method, _ in api.calls] == ["POST"]
 
 
 @both

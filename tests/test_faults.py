@@ -197,7 +197,7 @@ def test_polls_of_a_group_that_fail_are_made_again_and_leave_what_can_be_resumed
     run = group.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
-    polls = [method for method, _ in group.api.exchanges if method == "GET"]
+    polls = [method for method, _ in group.api.calls if method == "GET"]
     assert len(polls) == len(faults)  # none of them has ended the polling
     assert "Not complete: 4 pending" in run.stdout
     check_resume_command(run)
@@ -261,7 +261,7 @@ def test_a_lock_out_ends_polling_at_once(example: Example, fault: local_api.Faul
     assert "HTTP 40" in run.stdout
     assert "INFERENCE_API_KEY" in run.stdout
     assert "Pending:        4" in run.stdout
-    assert len(example.api.exchanges) - example.submissions <= 5
+    assert len(example.api.calls) - example.submissions <= 5
     mend(example)
     assert example.run("--resume").code == 0
 
@@ -284,7 +284,7 @@ def test_no_submission_that_may_be_accepted_is_sent_again(
     assert run.code == 1
     assert f"Unknown:     {len(faults):>4}" in run.stdout
     assert "dashboard" in run.stdout
-    assert len(single.api.exchanges) == len(faults)
+    assert len(single.api.calls) == len(faults)
 
 
 @pytest.mark.usefixtures("environment")
@@ -297,7 +297,7 @@ def test_no_group_that_may_be_accepted_is_sent_again(api: LocalApi) -> None:
         assert all(record.error for record in records)
         assert ending == ""
         assert saved == ["Submitting"] * 2 + ["Unknown"] * 2
-    assert len(api.exchanges) == len(NO_ANSWER)
+    assert len(api.calls) == len(NO_ANSWER)
     assert len(api.generations) == 2 * len(NO_ANSWER)
 
 
@@ -317,7 +317,7 @@ def test_a_group_that_may_be_accepted_is_not_sent_again(
     assert run.code == 1
     assert set(run.states.values()) == {"Unknown"}
     assert "Unknown:        4" in run.stdout
-    assert len(group.api.exchanges) == 1
+    assert len(group.api.calls) == 1
 
 
 def test_each_submission_that_surely_was_not_accepted_is_sent_again(single: Example) -> None:
@@ -337,7 +337,7 @@ def test_a_group_that_surely_was_not_accepted_is_sent_again(api: LocalApi) -> No
         assert ending == ""
         failed = ["Submitting"] * 2 + ["Not sent"] * 2
         assert saved == [*failed, *failed, *["Submitting"] * 2, *["Queued"] * 2]
-    assert len(api.exchanges) == 3 * len(BUSY)
+    assert len(api.calls) == 3 * len(BUSY)
     assert len(api.generations) == 2 * len(BUSY)
 
 
@@ -377,7 +377,7 @@ def test_a_submission_is_tried_five_times_in_all(example: Example) -> None:
     run = example.run()
     check_not_sent(run, "HTTP 429: no room")
     # The others stop where the first one gives up.
-    assert 5 <= len(example.api.exchanges) <= (10 if example.script == SINGLE else 5)
+    assert 5 <= len(example.api.calls) <= (10 if example.script == SINGLE else 5)
     check_sent_later(example, run)
 
 
@@ -401,7 +401,7 @@ def test_each_refusal_fails_what_it_refuses(script: str, api: LocalApi) -> None:
         assert all(record.error for record in records)
         assert ending == ""
         assert sorted(saved) == ["Failed"] * 2 + ["Submitting"] * 2
-    assert len(api.exchanges) == len(REFUSALS) * (2 if script == SINGLE else 1)
+    assert len(api.calls) == len(REFUSALS) * (2 if script == SINGLE else 1)
 
 
 @pytest.mark.parametrize("fault", some(REFUSALS, "302 to another host", "307 that is cut", "400"))
@@ -443,7 +443,7 @@ def test_a_locked_out_submission_is_the_last(example: Example, fault: local_api.
     example.api.choose_fault = faulty(fault, polls=False)
     run = example.run()
     check_not_sent(run, "HTTP 4")
-    assert len(example.api.exchanges) <= 2
+    assert len(example.api.calls) <= 2
     names_the_key = "INFERENCE_API_KEY" in run.final["req-001"]["error"]
     assert names_the_key == (fault in LOCK_OUTS.values())
     check_sent_later(example, run)
@@ -507,7 +507,7 @@ def test_no_id_that_can_not_be_polled_is_taken(script: str, api: LocalApi) -> No
     for given_id, (records, _, _) in zip(ids, results, strict=True):
         assert [record.outcome for record in records] == ["Unknown"] * 2
         assert all(repr(given_id) in record.error for record in records)
-    assert len(api.exchanges) == len(ids) * (2 if script == SINGLE else 1)
+    assert len(api.calls) == len(ids) * (2 if script == SINGLE else 1)
 
 
 @pytest.mark.parametrize("fault_id", ["gen.abc", 12345])
@@ -518,7 +518,7 @@ def test_an_id_that_can_not_be_polled_is_told(example: Example, fault_id: object
     assert set(run.states.values()) == {"Unknown"}
     assert repr(fault_id) in run.final["req-001"]["error"]
     assert repr(fault_id) in run.stdout
-    assert example.submissions == len(example.api.exchanges)
+    assert example.submissions == len(example.api.calls)
 
 
 def test_no_answer_is_taken_for_the_next_one_after_a_103(single: Example) -> None:

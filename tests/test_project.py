@@ -259,7 +259,7 @@ def test_what_ends_the_submitting_is_raised_after_the_last_record(
             submitted.append(each)
     assert submitted == (records if script == SINGLE else [records])
     assert [record.outcome for record in records] == ["Not sent"] * 3
-    assert len(api.exchanges) == (0 if end == "OSError" else 1)
+    assert len(api.calls) == (0 if end == "OSError" else 1)
 
 
 @pytest.mark.usefixtures("environment")

@@ -81,7 +81,7 @@ def check_refused(example: Example, name: str, *arguments: str) -> str:
     assert run.stdout == ""
     assert name in run.stderr
     assert len(run.stderr.splitlines()) == 1, run.stderr
-    assert not example.api.exchanges
+    assert not example.api.calls
     return run.stderr
 
 
@@ -152,7 +152,7 @@ def test_a_number_of_another_kind_ends_well_or_is_refused(
     example.edit(**{name: value})
     run = example.run()
     assert run.code in (0, 2), run.stdout
-    assert run.code == 0 or not example.api.exchanges
+    assert run.code == 0 or not example.api.calls
 
 
 @pytest.mark.parametrize("questions", [[], "Why?", ["Why?", 1], [1], None])
@@ -261,7 +261,7 @@ def test_usage_that_is_wrong(example: Example, arguments: list[str]) -> None:
     run = example.run(*arguments)
     assert run.code == 2
     assert "usage:" in run.stderr
-    assert not example.api.exchanges
+    assert not example.api.calls
 
 
 def test_help_fits_a_screen(example: Example) -> None:
@@ -307,7 +307,7 @@ def test_a_redirect_is_not_followed(example: Example) -> None:
             url = f"{elsewhere.url}/async/chat/completions"
             example.api.choose_fault = lambda request, sent, c=code, u=url: status(c, Location=u)
             assert example.run().code == 1
-        assert not elsewhere.exchanges
+        assert not elsewhere.calls
 
 
 # Failing to connect, and TLS
@@ -433,7 +433,7 @@ def test_a_certificate_that_is_not_trusted(tls_example: Example) -> None:
     assert "SSLError" in run.final["req-001"]["error"]
     attempts = [row["custom_id"] for row in run.rows if row["state"] == "Submitting"]
     assert len(attempts) == len(set(attempts))  # none of them is tried again
-    assert not tls_example.api.exchanges
+    assert not tls_example.api.calls
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -458,7 +458,7 @@ def test_a_ca_bundle_that_is_none(
     assert set(run.states.values()) == {"Not sent"}
     error = run.final["req-001"]["error"]
     assert "ca.pem" in error or "SSLError" in error
-    assert not tls_example.api.exchanges
+    assert not tls_example.api.calls
 
 
 class Proxy:

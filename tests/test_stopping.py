@@ -103,7 +103,7 @@ def test_ctrl_c_keeps_the_ids_that_arrive_after_it(example: Example) -> None:
     example.edit(NUM_REQUESTS=20, REQUEST_TIMEOUT_SECONDS=3600)
     example.api.delay_seconds = 1
     process = example.start()
-    while not example.api.exchanges:
+    while not example.api.calls:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     run = example.finish(process)
@@ -248,7 +248,7 @@ def test_a_kill_of_a_group_in_its_submission_leaves_all_of_it_unknown(group: Exa
         assert resumed.code == 1
         assert "Unknown:        4" in resumed.stdout
         assert run.results.read_bytes() == before
-    assert len(group.api.exchanges) == 1
+    assert len(group.api.calls) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a pipe is set as on Linux")
@@ -266,7 +266,7 @@ def test_a_screen_that_nobody_reads_holds_back_no_id(single: Example) -> None:
         for path in single.folder.glob("results/*.jsonl"):
             whole_lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
             kept = {json.loads(line)["generation_id"] for line in whole_lines} - {None}
-    assert {method for method, _ in single.api.exchanges} == {"POST"}  # it is held up
+    assert {method for method, _ in single.api.calls} == {"POST"}  # it is held up
     process.send_signal(signal.SIGTERM)
     assert single.finish(process).code == -signal.SIGTERM
     os.close(outside)
@@ -339,12 +339,12 @@ def test_the_command_that_is_shown_resumes(example: Example) -> None:
 def test_with_nothing_pending_nothing_is_sent(example: Example) -> None:
     run = example.run()
     before = run.results.read_bytes()
-    sent = len(example.api.exchanges)
+    sent = len(example.api.calls)
     resumed = example.run("--resume", str(run.results))
     assert resumed.code == 0
     assert "Successful:     4" in resumed.stdout
     assert re.search(r"^      Throughput: +0\.00 req/s$", resumed.stdout, re.M)
-    assert len(example.api.exchanges) == sent
+    assert len(example.api.calls) == sent
     assert run.results.read_bytes() == before
     none = example.run("--resume")
     assert none.code == 2
@@ -385,7 +385,7 @@ def test_no_other_file_is_resumed(example: Example, content: bytes) -> None:
         assert "nothing to resume in other.jsonl" in run.stderr
         assert len(run.stderr.splitlines()) == 1
         assert path.read_bytes() == content
-    assert not example.api.exchanges
+    assert not example.api.calls
 
 
 def test_a_missing_file_is_said_to_be_missing(example: Example) -> None:
@@ -400,23 +400,23 @@ def test_a_missing_file_is_said_to_be_missing(example: Example) -> None:
 @pytest.mark.parametrize("arguments", [["--submit"], ["--resume", "--submit"]])
 def test_submit_needs_the_name_of_a_file(example: Example, arguments: list[str]) -> None:
     pending_run(example)
-    sent = len(example.api.exchanges)
+    sent = len(example.api.calls)
     run = example.run(*arguments)
     assert run.code == 2
     assert "--submit needs --resume FILE" in run.stderr
     assert run.stdout == ""
-    assert len(example.api.exchanges) == sent
+    assert len(example.api.calls) == sent
 
 
 def test_nothing_is_submitted_from_a_file_with_damaged_lines(example: Example) -> None:
     example.api.choose_fault = faulty(status(402, "no credit"), polls=False)
     path = example.run().results
     path.write_bytes(path.read_bytes() + b"a row that may have said: sent\n")
-    sent = len(example.api.exchanges)
+    sent = len(example.api.calls)
     run = example.run("--resume", str(path), "--submit")
     assert run.code == 2
     assert "might pay twice" in run.stderr
-    assert len(example.api.exchanges) == sent
+    assert len(example.api.calls) == sent
     path.write_bytes(path.read_bytes().rpartition(b"a row")[0])
     example.api.choose_fault = lambda request, body: None
     assert example.run("--resume", str(path), "--submit").code == 0
@@ -471,7 +471,7 @@ def test_a_disk_that_is_full_from_the_start(example: Example, size: int) -> None
     assert run.stdout == ""
     assert len(run.stderr.splitlines()) == 1
     assert run.results.read_bytes() == b""
-    assert not example.api.exchanges
+    assert not example.api.calls
 
 
 @pytest.mark.parametrize("share", [0.05, 0.35, 0.6, 0.9, 0.99])
@@ -522,10 +522,10 @@ def test_ids_that_are_not_on_file_are_listed_uncut(single: Example) -> None:
     single.edit(NUM_REQUESTS=60, MAX_CONCURRENT_POLLS=60)
     rows = single.run().rows
     single.api.generations.clear()
-    single.api.exchanges.clear()
+    single.api.calls.clear()
 
     async def wait_for_all(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        while len(single.api.exchanges) < 60:
+        while len(single.api.calls) < 60:
             await asyncio.sleep(0.01)
         return await proceed()
 
