@@ -11,24 +11,34 @@
 
 INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one.
 
-The life of a request:
+The life of a request, in the words of Record.state:
 
     Not sent -> Submitting -> Queued -> In Progress -> Success, or Failed
                     |
-                    +-> Not sent   surely not accepted: sent again, up to five times in all
+                    +-> Not sent   surely not accepted: it can be sent again
                     +-> Failed     refused
                     +-> Unknown    perhaps accepted, and paid for: never sent again
 
 The parts of this file:
 
     Configuration   what you edit: constants, questions, and the request for a question
-    The API         Client, with a method for each endpoint, and the four exceptions it raises
+    The API         four exceptions, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file that keeps them
     The work        submit_all and poll_all, whose worker threads call the API and save
     The screen      everything that prints
     The script      the check of the configuration, the files of a run, and main
 
-To build upon it, import Client, Results, new_record, submit_all and poll_all.
+A program of your own needs no more than this. Run again, it goes on where it was:
+
+    client = Client()
+    results = Results("my_program.db")
+    records = results.load() or [new_record("my-id", "What is 2 + 2?")]
+    with ThreadPoolExecutor(1) as pool:
+        for group in submit_all(client, pool, records, results.save):
+            print(group[0].group_id or group[0].error)
+        for final in poll_all(client, pool, records, results.save):
+            for record in final:
+                print(record.custom_id, record.outcome, record.response)
 """
 
 import argparse
@@ -114,38 +124,68 @@ MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
 MAX_IDLE_SECONDS = 30  # routers forget a connection that was idle for longer
 
 
+def parse_json(content: bytes) -> Any:
+    """Return the JSON in the body of an answer, or None."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def find(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow a path of keys and indexes into JSON; return what is there if it is of that kind."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return None
+    if isinstance(value, kind):
+        return value
+    return None
+
+
 class ApiError(Exception):
     """A call to the API failed. The subclass says what that means for a submission."""
 
 
 class Refused(ApiError):
-    """The API refuses this request. Others may be fine."""
+    """The API refuses this request: any 3xx or 4xx but those below. Others may be fine."""
 
 
 class LockedOut(ApiError):
-    """The API accepts no request for now: the key, the credit or a certificate is at fault."""
+    """The API accepts no request for now: check the key, the credit, or the certificate.
+
+    401; for a submission also 402, 403, and a 429 that asks to wait for more than two minutes; a
+    certificate that can't be verified.
+    """
 
 
 class NotAccepted(ApiError):
-    """The call surely had no effect. It is safe to repeat."""
+    """The call surely had no effect, and is safe to repeat: no connection was made, or 429."""
 
 
 class Uncertain(ApiError):
-    """The call may have had an effect. To repeat a submission may be to pay for it twice."""
+    """The call may have had an effect. To repeat a submission may be to pay for it twice.
+
+    A timeout or a broken connection after sending, 408, 5xx, or an answer that makes no sense.
+    """
 
 
 class Client:
     """The API, for one account. Threads can share a client.
 
     api_key and base_url are by default the environment variables INFERENCE_API_KEY and
-    INFERENCE_BASE_URL. timeout_seconds limits connecting, the wait for an answer, and then the
-    time until the answer has arrived. ValueError: the key or the address can't be used.
+    INFERENCE_BASE_URL. timeout_seconds limits connecting and each wait for data; an answer that
+    comes bit by bit may take twice that. ValueError: the key or the address can't be used.
     """
 
     def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, timeout_seconds: float = 30
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        timeout_seconds: float = 30,
     ) -> None:
-        if not hasattr(HTTPResponse, "read1"):
+        if not hasattr(HTTPResponse, "read1"):  # see read_content
             raise ImportError("urllib3 is too old: pip install --upgrade urllib3")
         if api_key is None:
             api_key = os.environ.get("INFERENCE_API_KEY", "")
@@ -154,11 +194,15 @@ class Client:
         self.api_key = api_key.strip()
         self.base_url = base_url.strip().rstrip("/")
         self.timeout_seconds = timeout_seconds
-        self.paused_until = 0.0  # of monotonic(): no call begins before
+        self.paused_until = 0.0  # Retry-After, in monotonic() time: see wait
         self.local = threading.local()  # each thread has a session of its own
         if not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
-        if not re.fullmatch(URL, self.base_url, re.ASCII):  # not shown, as it may hold the key
+            raise ValueError(
+                "set INFERENCE_API_KEY to your key (see https://inference.net)"
+            )
+        if not re.fullmatch(
+            URL, self.base_url, re.ASCII
+        ):  # not shown, as it may hold the key
             raise ValueError(
                 "INFERENCE_BASE_URL can't be used: it must begin with https:// (http:// only for "
                 f"this machine) and have no user, ? or #, as in {DEFAULT_BASE_URL}"
@@ -166,10 +210,14 @@ class Client:
 
     def submit_group(self, requests: list[Json]) -> str:
         """POST /v1/async/group/chat/completions: submit 1 to 50 requests; return the group's id."""
-        answer = self.call("POST", "/async/group/chat/completions", {"requests": requests})
+        answer = self.call(
+            "POST", "/async/group/chat/completions", {"requests": requests}
+        )
         group_id = answer.get("groupId")
         if not isinstance(group_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", group_id):
-            raise Uncertain(f"accepted, but the answer has no usable id: {str(answer)[:500]}")
+            raise Uncertain(
+                f"accepted, but the answer has no usable id: {str(answer)[:500]}"
+            )
         return group_id
 
     def fetch_group(self, group_id: str) -> list[Json]:
@@ -187,25 +235,29 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads from a file only when it is connected: its position will tell.
             upload = io.BytesIO(json.dumps(body).encode())
+        outer_error = sys.exc_info()[1]
         try:
             response = self.session().request(
                 method,
                 self.base_url + path,
                 data=upload,
-                headers={"Content-Type": "application/json"},
-                auth=self.add_key,
+                auth=self.add_headers,
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 stream=True,
             )
-        except (OSError, ValueError, HTTPError) as error:  # requests raises all three
-            cause: BaseException = error
-            while cause.__context__:  # the errors around the first one only wrap it
+        except (OSError, ValueError, HTTPError) as error:
+            cause: BaseException | None = error
+            while (
+                cause and cause.__context__ is not outer_error
+            ):  # the first one says why
                 cause = cause.__context__
             host = urlsplit(self.base_url).netloc
-            reason = f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
+            reason = (
+                f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
+            )
+            # requests reads the upload only when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
             if may_have_been_sent:
                 raise Uncertain(reason) from error
@@ -218,13 +270,17 @@ class Client:
             raise self.status_error(method, response, content)
         answer = parse_json(content)
         if not isinstance(answer, dict):
-            raise Uncertain(f"HTTP {response.status_code}: no whole JSON object: {content[:500]!r}")
+            raise Uncertain(
+                f"HTTP {response.status_code}: no whole JSON object: {content[:500]!r}"
+            )
         return answer
 
     def session(self) -> Session:
         """Return this thread's session, without a connection that was idle for long."""
         local = self.local
-        if getattr(local, "process_id", None) != os.getpid():  # a fork has its parent's sockets
+        if (
+            getattr(local, "process_id", None) != os.getpid()
+        ):  # a fork has its parent's sockets
             local.process_id = os.getpid()
             local.session = Session()
         elif monotonic() - local.used_at > MAX_IDLE_SECONDS:
@@ -233,51 +289,57 @@ class Client:
         session: Session = local.session
         return session
 
-    def add_key(self, request: PreparedRequest) -> PreparedRequest:
-        """Put the key into a request: as auth, since .netrc would replace a plain header."""
+    def add_headers(self, request: PreparedRequest) -> PreparedRequest:
+        """Add the key to a request. requests calls this last: .netrc can't replace the key."""
         request.headers["Authorization"] = f"Bearer {self.api_key}"
+        request.headers["Content-Type"] = "application/json"
         return request
 
     def read_content(self, response: Response) -> bytes:
         """Return what arrives of an answer until it ends, breaks off or takes too long."""
         deadline = monotonic() + self.timeout_seconds
         content = bytearray()
-        with suppress(HTTPError):  # it broke off: what has arrived may still be a whole answer
+        with suppress(
+            HTTPError
+        ):  # it broke off: what has arrived may still be a whole answer
             while monotonic() < deadline:
-                chunk = response.raw.read1(decode_content=True)
+                chunk = response.raw.read1(
+                    decode_content=True
+                )  # waits only if nothing is there
                 if not chunk:
                     break
                 content += chunk
         return bytes(content).replace(self.api_key.encode(), b"[API key]")
 
     def status_error(self, method: str, response: Response, content: bytes) -> ApiError:
-        """Return the ApiError for an HTTP status that is not 2xx, and obey its Retry-After."""
+        """Return the ApiError for an HTTP status that is not 2xx, and note its Retry-After."""
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
         text = message or content[:500].decode(errors="replace") or response.reason
         reason = f"HTTP {status}: {text}"
         wait_seconds = 0.0
-        with suppress(ValueError, OverflowError, HTTPError):  # it is neither seconds nor a date
+        with suppress(
+            ValueError, OverflowError, HTTPError
+        ):  # it is neither seconds nor a date
             wait_seconds = Retry().get_retry_after(response.raw) or 0
+        if wait_seconds > 0:
+            reason += f" (Retry-After: {int(wait_seconds)} s)"
         paused_until = monotonic() + min(wait_seconds, MAX_RETRY_AFTER_SECONDS)
         self.paused_until = max(self.paused_until, paused_until)
-        is_submission = method == "POST"
         if status == 401:
             return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-        if is_submission and status in (402, 403):
-            return LockedOut(reason)
-        if is_submission and status == 429 and wait_seconds > MAX_RETRY_AFTER_SECONDS:
-            return LockedOut(f"{reason} (Retry-After: {wait_seconds} s)")
-        if is_submission and status == 404:
-            return Refused(f"{reason} (check INFERENCE_BASE_URL: it usually ends in /v1)")
-        if status == 429:
+        if status == 429 and (method == "GET" or wait_seconds <= MAX_RETRY_AFTER_SECONDS):
             return NotAccepted(reason)
+        if method == "POST" and status in (402, 403, 429):
+            return LockedOut(reason)
+        if method == "POST" and status == 404:
+            reason += " (check INFERENCE_BASE_URL: it usually ends in /v1)"
         if 300 <= status < 500 and status != 408:
             return Refused(reason)
         return Uncertain(reason)
 
     def wait(self, seconds: float, stop: Event) -> bool:
-        """Wait that long, and until a pause is over; return False if stop is set meanwhile."""
+        """Wait that long, and as Retry-After asks; return False if stop is set meanwhile."""
         until = monotonic() + seconds
         while not stop.is_set():
             remaining_seconds = max(until, self.paused_until) - monotonic()
@@ -285,26 +347,6 @@ class Client:
                 return True
             stop.wait(remaining_seconds)
         return False
-
-
-def parse_json(content: bytes) -> Any:
-    """Return the JSON in the body of an answer, or None."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-
-
-def find(value: Any, kind: type, *path: str | int) -> Any:
-    """Follow a path of keys and indexes into JSON; None if nothing of that kind is there."""
-    try:
-        for step in path:
-            value = value[step]
-    except (LookupError, TypeError):
-        return None
-    if isinstance(value, kind):
-        return value
-    return None
 
 
 # --- The records: a request and what has come of it, and the file that keeps them
@@ -319,8 +361,8 @@ NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
 UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
 NO_MATCH = "No match"  # a generation of a group that answers none of its questions
-# An outcome only
-PENDING = "Pending"  # accepted, and not final
+# An outcome, not a state: accepted, and not final
+PENDING = "Pending"
 
 
 @dataclass
@@ -333,7 +375,9 @@ class Record:
     group_id: str | None = None
     generation_id: str | None = None
     state: str = NOT_SENT
-    response: str | Json | None = None  # the answer's text, or the whole response if it is more
+    response: str | Json | None = (
+        None  # the answer's text, or the whole response if it is more
+    )
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -357,7 +401,9 @@ class Record:
         self.prompt_tokens = find(usage, int, "prompt_tokens")
         self.completion_tokens = find(usage, int, "completion_tokens")
         self.total_tokens = find(usage, int, "total_tokens")
-        self.finish_reason = find(generation, str, "response", "choices", 0, "finish_reason")
+        self.finish_reason = find(
+            generation, str, "response", "choices", 0, "finish_reason"
+        )
         self.response = answer_of(generation)
         with suppress(ValueError, TypeError):  # a time is missing, or in another form
             dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -375,14 +421,14 @@ def answer_of(generation: Json) -> str | Json | None:
     More are tool calls, a refusal, several choices, log probabilities. They were paid for, too.
     """
     response: Json | None = find(generation, dict, "response")
-    choices = find(response, list, "choices") or [None]
-    content: str | None = find(choices, str, 0, "message", "content")
-    if content is None or len(choices) > 1 or choices[0].get("logprobs"):
-        return response
-    others = [key for key, value in choices[0]["message"].items() if value]
-    if set(others) - {"role", "content"}:
-        return response
-    return content
+    choices = find(response, list, "choices") or [{}]
+    message = find(choices, dict, 0, "message") or {}
+    content = message.get("content")
+    others = {key for key, value in message.items() if value} - {"role", "content"}
+    is_one_text = isinstance(content, str) and len(choices) == 1 and not others
+    if is_one_text and not choices[0].get("logprobs"):
+        return content
+    return response
 
 
 def parse_time(text: Any) -> datetime:
@@ -404,18 +450,35 @@ def check_record(record: Record) -> None:
     repeated = find(record.request, str, "metadata", "custom_id")
     if not repeated or repeated != record.custom_id:
         raise ValueError(
-            f"a custom id must be a text, not empty, and stand in the request as "
-            f"metadata.custom_id: {record.custom_id!r} has {repeated!r} there"
+            "a custom id must be a text, not empty, and be the request's metadata.custom_id too: "
+            f"{record.custom_id!r} has {repeated!r} there"
         )
 
 
 Records = list[Record]
+
+
+def mark_interrupted(records: Records) -> None:
+    """Make records that were being sent Unknown, after a program has ended, or as it ends."""
+    for record in records:
+        if record.state == SUBMITTING:
+            record.state = UNKNOWN
+            record.error = "the program ended while it was being sent"
+
+
 # One process at a time can have the file open. What was saved survives a kill of the program.
+# The trigger keeps a program that forgot to load its records from paying for them again.
 SCHEMA = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS group_requests (custom_id TEXT PRIMARY KEY, record TEXT NOT NULL);
+    CREATE TRIGGER IF NOT EXISTS keep_ids BEFORE UPDATE ON group_requests
+    WHEN old.record LIKE '%"group_id": "%' AND old.record NOT LIKE '%"state": "Failed"%'
+        AND new.record NOT LIKE '%"group_id": "%'
+    BEGIN
+        SELECT RAISE(ABORT, 'it has a record of this custom_id that was submitted: load() it');
+    END;
 """
 UPSERT = """
     INSERT INTO group_requests VALUES (?, ?)
@@ -424,10 +487,11 @@ UPSERT = """
 
 
 class Results:
-    """The file that keeps the records: SQLite, a row each.
+    """The file that keeps the records: SQLite, a row each. It is made if it is missing.
 
-    Threads can share it, processes can't: OSError if another one has it open. save and load
-    raise OSError, too, if the file can't be written or read.
+    Threads can share it, processes can't: OSError if it is open already. save and load raise
+    OSError, too, if the file can't be written or read. Begin with load(): records that are made
+    anew know nothing of what was submitted, and save refuses them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -439,7 +503,9 @@ class Results:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise OSError(f"{path} is in use by another process, or can't be: {error}") from error
+            raise OSError(
+                f"can't open {path}, or it is in use already: {error}"
+            ) from error
         # Nobody else is using the file: what is Submitting was so when a program ended.
         interrupted = [record for record in self.load() if record.state == SUBMITTING]
         mark_interrupted(interrupted)
@@ -449,7 +515,9 @@ class Results:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Let no other thread in; commit at the end, or roll back."""
         if os.getpid() != self.process_id:  # SQLite can't be used across a fork
-            raise OSError(f"{self.path} was opened by another process: open it in this one")
+            raise OSError(
+                f"{self.path} was opened by another process: open it in this one"
+            )
         try:
             with self.lock, self.connection:
                 yield self.connection
@@ -458,27 +526,22 @@ class Results:
 
     def save(self, records: Iterable[Record]) -> None:
         """Put records on file, all of them or none. Each replaces the one with its custom id."""
-        rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
         with self.transaction() as connection:
+            rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
             connection.executemany(UPSERT, rows)
 
     def load(self) -> Records:
         """Return the records, in the order in which they were first saved."""
         with self.transaction() as connection:
-            rows = connection.execute("SELECT record FROM group_requests ORDER BY rowid").fetchall()
+            rows = connection.execute(
+                "SELECT record FROM group_requests ORDER BY rowid"
+            ).fetchall()
         return [Record(**json.loads(text)) for [text] in rows]
 
     def close(self) -> None:
         """Close the file. Another process can open it now."""
-        self.connection.close()
-
-
-def mark_interrupted(records: Records) -> None:
-    """Make records that were being sent Unknown, after a program has ended, or as it ends."""
-    for record in records:
-        if record.state == SUBMITTING:
-            record.state = UNKNOWN
-            record.error = "the program ended while it was being sent"
+        with self.lock:
+            self.connection.close()
 
 
 # --- The work: submit, then poll until final
@@ -488,17 +551,26 @@ def mark_interrupted(records: Records) -> None:
 
 MAX_GROUP_SIZE = 50
 MAX_SUBMIT_ATTEMPTS = 5
-CHECK_SECONDS = 0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
+CHECK_SECONDS = (
+    0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
+)
 Save = Callable[[Records], object]  # called in a worker thread
 
 
-def submit_all(client: Client, pool: Executor, records: Records, save: Save) -> Iterator[Records]:
+# What has become of the requests of a group whose submission failed
+STATES = {Refused: FAILED, LockedOut: NOT_SENT, NotAccepted: NOT_SENT, Uncertain: UNKNOWN}
+
+
+def submit_all(
+    client: Client, pool: Executor, records: Records, save: Save
+) -> Iterator[Records]:
     """Submit the records that are Not sent, 50 at most, as a group; yield them when that has ended.
 
-    save gets them at the beginning, and before and after each attempt. If you leave the loop, what
-    is under way ends first. ValueError or TypeError: a record can't be sent, or there are too many.
-    After the records come LockedOut, NotAccepted after five attempts, Uncertain, or what save has
-    raised.
+    An iterator: nothing is sent until you iterate. If you leave the loop, or close the iterator,
+    what is under way ends first. save gets these records at the beginning, and before and after
+    each attempt. ValueError or TypeError: a record can't be sent, or there are too many. After an
+    error they are yielded, and then it is raised: LockedOut, NotAccepted after five attempts,
+    Uncertain, or what save has raised.
     """
     check_records(records)
     unsent = [record for record in records if record.state == NOT_SENT]
@@ -507,9 +579,9 @@ def submit_all(client: Client, pool: Executor, records: Records, save: Save) -> 
     if not unsent:
         return
     save(unsent)  # whatever ends the program, the file has the whole job
-    mark(unsent, SUBMITTING)  # claimed: another submit_all leaves them alone
+    mark(unsent, SUBMITTING)  # another submit_all leaves them alone
     stop = Event()
-    future = pool.submit(submit, client, unsent, save, stop)
+    future = pool.submit(submit_in_worker, client, unsent, save, stop)
     try:
         while not future.done():
             wait([future], CHECK_SECONDS)
@@ -520,15 +592,18 @@ def submit_all(client: Client, pool: Executor, records: Records, save: Save) -> 
         wait([future])  # they may have been paid for
 
 
-def submit(client: Client, records: Records, save: Save, stop: Event) -> None:
-    """Submit a group, in a worker thread. Try again only what surely was not accepted."""
+def submit_in_worker(client: Client, records: Records, save: Save, stop: Event) -> None:
+    """Submit a group. Try again only what surely was not accepted."""
     requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
+        error_before = records[0].error
+        mark(
+            records, SUBMITTING
+        )  # before the wait: nobody else may submit them meanwhile
         if not client.wait(backoff_seconds(attempt), stop):
-            mark(records, NOT_SENT)
+            mark(records, NOT_SENT, error_before)
             return
         try:
-            mark(records, SUBMITTING)
             save(records)
         except Exception:  # what can't be put on file is not sent
             mark(records, NOT_SENT)
@@ -536,16 +611,10 @@ def submit(client: Client, records: Records, save: Save, stop: Event) -> None:
         try:
             group_id = client.submit_group(requests)
             mark(records, QUEUED, group_id=group_id)
-        except Refused as error:
-            mark(records, FAILED, str(error))
-        except Uncertain as error:
-            mark(records, UNKNOWN, str(error))
-            raise
-        except NotAccepted as error:
-            mark(records, NOT_SENT, str(error))
-        except LockedOut as error:
-            mark(records, NOT_SENT, str(error))
-            raise
+        except ApiError as error:
+            mark(records, STATES.get(type(error), UNKNOWN), str(error))
+            if isinstance(error, LockedOut | Uncertain):
+                raise
         finally:
             save(records)
         if records[0].state != NOT_SENT:
@@ -588,12 +657,12 @@ def poll_all(
     interval_seconds: float = POLL_INTERVAL_SECONDS,
     max_attempts: int = MAX_POLL_ATTEMPTS,
 ) -> Iterator[Records]:
-    """Poll each group that has something Pending; yield what has become final, after save(it).
+    """Poll each group that has something Pending; yield what has become final and was saved.
 
-    A list, perhaps empty, comes after each poll of all these groups. In it is, too, a new record
-    for each final generation that answers no question: No match. After max_attempts polls records
-    stay Pending. If you leave the loop, what is under way is not awaited: a poll costs nothing.
-    Raises LockedOut, or what save has raised.
+    An iterator, as submit_all is. A list, perhaps empty, comes after each poll of all these
+    groups. It has, too, a new record for each final generation that answers no question: No
+    match. After max_attempts polls records stay Pending. If you leave the loop, what is under way
+    is not awaited: a poll costs nothing. Raises LockedOut, or what save has raised.
     """
     records = list(records)
     stop = Event()
@@ -606,7 +675,9 @@ def poll_all(
                 sleep(interval_seconds)
             final = []
             for group_id in sorted({str(record.group_id) for record in pending}):
-                future = pool.submit(poll, client, group_id, records, save, stop)
+                future = pool.submit(
+                    poll_in_worker, client, group_id, records, save, stop
+                )
                 while not future.done():
                     wait([future], CHECK_SECONDS)
                 final += future.result()
@@ -616,8 +687,10 @@ def poll_all(
         stop.set()
 
 
-def poll(client: Client, group_id: str, records: Records, save: Save, stop: Event) -> Records:
-    """Poll a group once, in a worker thread; return the records that have become final."""
+def poll_in_worker(
+    client: Client, group_id: str, records: Records, save: Save, stop: Event
+) -> Records:
+    """Poll a group once, and return the records that have become final."""
     if not client.wait(0, stop):
         return []
     reason = None
@@ -628,6 +701,8 @@ def poll(client: Client, group_id: str, records: Records, save: Save, stop: Even
     except ApiError as error:  # a poll costs nothing: it is made again
         reason = str(error)
         generations = []
+    if stop.is_set():  # the loop was left, and another one may be polling the records
+        return []
     pending = {}
     for record in records:
         if record.group_id == group_id and record.outcome == PENDING:
@@ -670,7 +745,14 @@ def match(
 
 # --- The screen: everything that prints
 
-MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-", NO_MATCH: "!"}
+MARKS = {
+    SUCCESS: "✓",
+    FAILED: "✗",
+    UNKNOWN: "?",
+    PENDING: "…",
+    NOT_SENT: "-",
+    NO_MATCH: "!",
+}
 MAX_ROWS = 50  # of a list
 REDRAW_SECONDS = 0.25  # the live line of a terminal
 REPEAT_SECONDS = 60  # a line about the progress, elsewhere
@@ -710,7 +792,10 @@ class Screen:
             text = ", ".join(f"{count} {state}" for state, count in states.items())
             seconds = timedelta(seconds=int(monotonic() - self.started_at))
             line = "  " + shorten(f"⏳ {text}, {seconds}", self.columns - 3)
-            with self.lock, suppress(OSError):  # stdout is closed: the main thread will notice
+            with (
+                self.lock,
+                suppress(OSError),
+            ):  # stdout is closed: the main thread will notice
                 if self.watched and self.is_terminal:
                     print(f"\r{line:<{self.columns - 2}}", end="", flush=True)
                     self.has_live_line = True
@@ -760,12 +845,16 @@ class Screen:
 
 def printable(text: str) -> str:
     """Return text from elsewhere on one line and without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:2000]).strip()
+    return "".join(
+        letter if letter.isprintable() else " " for letter in text[:2000]
+    ).strip()
 
 
 def width(text: str) -> int:
     """Return how many columns of a terminal text takes: a Chinese letter takes two."""
-    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + sum(
+        unicodedata.east_asian_width(letter) in "WF" for letter in text
+    )
 
 
 def shorten(text: str, columns: int) -> str:
@@ -786,7 +875,9 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.fill(
+        printable(text), 80, initial_indent=indent, subsequent_indent=indent
+    )
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -810,7 +901,9 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     print(f"      Total:       {total:>4}")
 
-    durations = [record.duration_ms for record in records if record.duration_ms is not None]
+    durations = [
+        record.duration_ms for record in records if record.duration_ms is not None
+    ]
     average = least = most = throughput = "-"
     if durations:
         average = f"{sum(durations) / len(durations):.1f}ms"
@@ -819,7 +912,9 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
     answered = sum(record.outcome == SUCCESS for record in submitted)
     if answered:
         throughput = f"{answered / seconds:.2f} req/s"
-    completions = [record.completion_tokens for record in records if record.completion_tokens]
+    completions = [
+        record.completion_tokens for record in records if record.completion_tokens
+    ]
     print(
         "\n  Performance Metrics\n  -----------------------\n"
         f"      Total wall-clock time: {seconds:>10.2f}s\n"
@@ -911,10 +1006,10 @@ def advice(records: Records, command: str) -> str:
 PREFIX = "async-group"  # of the names of results files
 OTHER_SCRIPT = "async_polling_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
-ENVIRONMENT = (
-    "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
+ENVIRONMENT = "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
+RESUME_HELP = (
+    "go on polling an earlier run: without FILE the newest that has something pending"
 )
-RESUME_HELP = "go on polling an earlier run: without FILE the newest that has something pending"
 
 
 def check_configuration() -> None:
@@ -931,7 +1026,9 @@ def check_configuration() -> None:
         if name.endswith("_SECONDS"):
             is_number = isinstance(value, int | float)
         if not is_number or not 0 < value <= 1_000_000:
-            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
+            raise ValueError(
+                f"{name} must be a number from 1 to 1,000,000, not {value!r}"
+            )
     if not isinstance(RESULTS_DIR, str):
         raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
@@ -940,7 +1037,9 @@ def new_records() -> Records:
     """Return a record for each question; ValueError if load_questions returns anything else."""
     questions = load_questions()
     if not isinstance(questions, dict) or not questions:
-        raise ValueError(f"load_questions must return questions by custom id, not {questions!r}")
+        raise ValueError(
+            f"load_questions must return questions by custom id, not {questions!r}"
+        )
     if len(questions) > MAX_GROUP_SIZE:
         raise ValueError(
             f"load_questions returned {len(questions)} questions (see NUM_REQUESTS), and a group "
@@ -948,7 +1047,9 @@ def new_records() -> Records:
         )
     for custom_id, question in questions.items():
         if not isinstance(question, str):
-            raise ValueError(f"load_questions: {custom_id!r} has {question!r}, which is no text")
+            raise ValueError(
+                f"load_questions: {custom_id!r} has {question!r}, which is no text"
+            )
     return [new_record(custom_id, question) for custom_id, question in questions.items()]
 
 
@@ -957,13 +1058,17 @@ def open_results(resume: str | None) -> Results:
     folder = Path(RESULTS_DIR).expanduser()
     if resume is None:
         records = new_records()
-        results = Results(folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db")
+        results = Results(
+            folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db"
+        )
         results.save(records)
         return results
     if resume:
         path = Path(resume).with_suffix(".db")
         if not path.is_file():
-            raise ValueError(f"there is no {path} (an earlier version's .jsonl can't be resumed)")
+            raise ValueError(
+                f"there is no {path} (an earlier version's .jsonl can't be resumed)"
+            )
         return Results(path)
     for path in sorted(folder.glob(f"{PREFIX}-*.db"), reverse=True):
         results = Results(path)
@@ -972,7 +1077,9 @@ def open_results(resume: str | None) -> Results:
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
+            print(
+                f"{path} is newer, and has requests that were not sent", file=sys.stderr
+            )
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -987,7 +1094,9 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
+            os.write(
+                2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n"
+            )
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -1033,7 +1142,6 @@ def run(
 
 def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             row = dict(vars(record))
@@ -1059,14 +1167,20 @@ def end_run(
     mark_interrupted(records)
     path = results.path.with_suffix(".jsonl")
     try:
-        write_answers(records, path)
         if not results.path.is_file():  # it was deleted during the run
             results = Results(results.path)
         results.save(records)
     except OSError as error:
         screen.notes.append(str(error))
+    try:
+        write_answers(records, path)
+    except OSError as error:
+        screen.notes.append(str(error))
     lost = lost_ids(records, results)
-    missing = Counter(record.outcome.lower() for record in records if record.outcome != SUCCESS)
+    results.close()
+    missing = Counter(
+        record.outcome.lower() for record in records if record.outcome != SUCCESS
+    )
     ending = "Generation complete!"
     if missing or screen.notes:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in missing.items())
@@ -1093,7 +1207,9 @@ def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=ENVIRONMENT)
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=RESUME_HELP)
-    parser.add_argument("--submit", action="store_true", help="also submit what was not sent")
+    parser.add_argument(
+        "--submit", action="store_true", help="also submit what was not sent"
+    )
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")
@@ -1104,7 +1220,9 @@ def main() -> int:
         results = open_results(options.resume)
         records = results.load()
         if not records:
-            raise ValueError(f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s")
+            raise ValueError(
+                f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s"
+            )
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, ImportError) as error:

@@ -11,24 +11,33 @@
 
 INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one.
 
-The life of a request:
+The life of a request, in the words of Record.state:
 
     Not sent -> Submitting -> Queued -> In Progress -> Success, or Failed
                     |
-                    +-> Not sent   surely not accepted: sent again, up to five times in all
+                    +-> Not sent   surely not accepted: it can be sent again
                     +-> Failed     refused
                     +-> Unknown    perhaps accepted, and paid for: never sent again
 
 The parts of this file:
 
     Configuration   what you edit: constants, questions, and the request for a question
-    The API         Client, with a method for each endpoint, and the four exceptions it raises
+    The API         four exceptions, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file that keeps them
     The work        submit_all and poll_all, whose worker threads call the API and save
     The screen      everything that prints
     The script      the check of the configuration, the files of a run, and main
 
-To build upon it, import Client, Results, new_record, submit_all and poll_all.
+A program of your own needs no more than this. Run again, it goes on where it was:
+
+    client = Client()
+    results = Results("my_program.db")
+    records = results.load() or [new_record("my-id", "What is 2 + 2?")]
+    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
+        for record in submit_all(client, pool, records, results.save):
+            print(record.custom_id, record.outcome, record.error)
+        for record in poll_all(client, pool, records, results.save):
+            print(record.custom_id, record.outcome, record.response)
 """
 
 import argparse
@@ -115,38 +124,68 @@ MAX_RETRY_AFTER_SECONDS = 120  # the longest Retry-After that is obeyed
 MAX_IDLE_SECONDS = 30  # routers forget a connection that was idle for longer
 
 
+def parse_json(content: bytes) -> Any:
+    """Return the JSON in the body of an answer, or None."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def find(value: Any, kind: type, *path: str | int) -> Any:
+    """Follow a path of keys and indexes into JSON; return what is there if it is of that kind."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return None
+    if isinstance(value, kind):
+        return value
+    return None
+
+
 class ApiError(Exception):
     """A call to the API failed. The subclass says what that means for a submission."""
 
 
 class Refused(ApiError):
-    """The API refuses this request. Others may be fine."""
+    """The API refuses this request: any 3xx or 4xx but those below. Others may be fine."""
 
 
 class LockedOut(ApiError):
-    """The API accepts no request for now: the key, the credit or a certificate is at fault."""
+    """The API accepts no request for now: check the key, the credit, or the certificate.
+
+    401; for a submission also 402, 403, and a 429 that asks to wait for more than two minutes; a
+    certificate that can't be verified.
+    """
 
 
 class NotAccepted(ApiError):
-    """The call surely had no effect. It is safe to repeat."""
+    """The call surely had no effect, and is safe to repeat: no connection was made, or 429."""
 
 
 class Uncertain(ApiError):
-    """The call may have had an effect. To repeat a submission may be to pay for it twice."""
+    """The call may have had an effect. To repeat a submission may be to pay for it twice.
+
+    A timeout or a broken connection after sending, 408, 5xx, or an answer that makes no sense.
+    """
 
 
 class Client:
     """The API, for one account. Threads can share a client.
 
     api_key and base_url are by default the environment variables INFERENCE_API_KEY and
-    INFERENCE_BASE_URL. timeout_seconds limits connecting, the wait for an answer, and then the
-    time until the answer has arrived. ValueError: the key or the address can't be used.
+    INFERENCE_BASE_URL. timeout_seconds limits connecting and each wait for data; an answer that
+    comes bit by bit may take twice that. ValueError: the key or the address can't be used.
     """
 
     def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, timeout_seconds: float = 30
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        timeout_seconds: float = 30,
     ) -> None:
-        if not hasattr(HTTPResponse, "read1"):
+        if not hasattr(HTTPResponse, "read1"):  # see read_content
             raise ImportError("urllib3 is too old: pip install --upgrade urllib3")
         if api_key is None:
             api_key = os.environ.get("INFERENCE_API_KEY", "")
@@ -155,11 +194,15 @@ class Client:
         self.api_key = api_key.strip()
         self.base_url = base_url.strip().rstrip("/")
         self.timeout_seconds = timeout_seconds
-        self.paused_until = 0.0  # of monotonic(): no call begins before
+        self.paused_until = 0.0  # Retry-After, in monotonic() time: see wait
         self.local = threading.local()  # each thread has a session of its own
         if not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
-        if not re.fullmatch(URL, self.base_url, re.ASCII):  # not shown, as it may hold the key
+            raise ValueError(
+                "set INFERENCE_API_KEY to your key (see https://inference.net)"
+            )
+        if not re.fullmatch(
+            URL, self.base_url, re.ASCII
+        ):  # not shown, as it may hold the key
             raise ValueError(
                 "INFERENCE_BASE_URL can't be used: it must begin with https:// (http:// only for "
                 f"this machine) and have no user, ? or #, as in {DEFAULT_BASE_URL}"
@@ -169,8 +212,12 @@ class Client:
         """POST /v1/async/chat/completions: submit a request and return its generation id."""
         answer = self.call("POST", "/async/chat/completions", request)
         generation_id = answer.get("id")
-        if not isinstance(generation_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", generation_id):
-            raise Uncertain(f"accepted, but the answer has no usable id: {str(answer)[:500]}")
+        if not isinstance(generation_id, str) or not re.fullmatch(
+            "[A-Za-z0-9_-]+", generation_id
+        ):
+            raise Uncertain(
+                f"accepted, but the answer has no usable id: {str(answer)[:500]}"
+            )
         return generation_id
 
     def fetch_generation(self, generation_id: str) -> Json:
@@ -185,25 +232,29 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads from a file only when it is connected: its position will tell.
             upload = io.BytesIO(json.dumps(body).encode())
+        outer_error = sys.exc_info()[1]
         try:
             response = self.session().request(
                 method,
                 self.base_url + path,
                 data=upload,
-                headers={"Content-Type": "application/json"},
-                auth=self.add_key,
+                auth=self.add_headers,
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 stream=True,
             )
-        except (OSError, ValueError, HTTPError) as error:  # requests raises all three
-            cause: BaseException = error
-            while cause.__context__:  # the errors around the first one only wrap it
+        except (OSError, ValueError, HTTPError) as error:
+            cause: BaseException | None = error
+            while (
+                cause and cause.__context__ is not outer_error
+            ):  # the first one says why
                 cause = cause.__context__
             host = urlsplit(self.base_url).netloc
-            reason = f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
+            reason = (
+                f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
+            )
+            # requests reads the upload only when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
             if may_have_been_sent:
                 raise Uncertain(reason) from error
@@ -216,13 +267,17 @@ class Client:
             raise self.status_error(method, response, content)
         answer = parse_json(content)
         if not isinstance(answer, dict):
-            raise Uncertain(f"HTTP {response.status_code}: no whole JSON object: {content[:500]!r}")
+            raise Uncertain(
+                f"HTTP {response.status_code}: no whole JSON object: {content[:500]!r}"
+            )
         return answer
 
     def session(self) -> Session:
         """Return this thread's session, without a connection that was idle for long."""
         local = self.local
-        if getattr(local, "process_id", None) != os.getpid():  # a fork has its parent's sockets
+        if (
+            getattr(local, "process_id", None) != os.getpid()
+        ):  # a fork has its parent's sockets
             local.process_id = os.getpid()
             local.session = Session()
         elif monotonic() - local.used_at > MAX_IDLE_SECONDS:
@@ -231,51 +286,57 @@ class Client:
         session: Session = local.session
         return session
 
-    def add_key(self, request: PreparedRequest) -> PreparedRequest:
-        """Put the key into a request: as auth, since .netrc would replace a plain header."""
+    def add_headers(self, request: PreparedRequest) -> PreparedRequest:
+        """Add the key to a request. requests calls this last: .netrc can't replace the key."""
         request.headers["Authorization"] = f"Bearer {self.api_key}"
+        request.headers["Content-Type"] = "application/json"
         return request
 
     def read_content(self, response: Response) -> bytes:
         """Return what arrives of an answer until it ends, breaks off or takes too long."""
         deadline = monotonic() + self.timeout_seconds
         content = bytearray()
-        with suppress(HTTPError):  # it broke off: what has arrived may still be a whole answer
+        with suppress(
+            HTTPError
+        ):  # it broke off: what has arrived may still be a whole answer
             while monotonic() < deadline:
-                chunk = response.raw.read1(decode_content=True)
+                chunk = response.raw.read1(
+                    decode_content=True
+                )  # waits only if nothing is there
                 if not chunk:
                     break
                 content += chunk
         return bytes(content).replace(self.api_key.encode(), b"[API key]")
 
     def status_error(self, method: str, response: Response, content: bytes) -> ApiError:
-        """Return the ApiError for an HTTP status that is not 2xx, and obey its Retry-After."""
+        """Return the ApiError for an HTTP status that is not 2xx, and note its Retry-After."""
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
         text = message or content[:500].decode(errors="replace") or response.reason
         reason = f"HTTP {status}: {text}"
         wait_seconds = 0.0
-        with suppress(ValueError, OverflowError, HTTPError):  # it is neither seconds nor a date
+        with suppress(
+            ValueError, OverflowError, HTTPError
+        ):  # it is neither seconds nor a date
             wait_seconds = Retry().get_retry_after(response.raw) or 0
+        if wait_seconds > 0:
+            reason += f" (Retry-After: {int(wait_seconds)} s)"
         paused_until = monotonic() + min(wait_seconds, MAX_RETRY_AFTER_SECONDS)
         self.paused_until = max(self.paused_until, paused_until)
-        is_submission = method == "POST"
         if status == 401:
             return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
-        if is_submission and status in (402, 403):
-            return LockedOut(reason)
-        if is_submission and status == 429 and wait_seconds > MAX_RETRY_AFTER_SECONDS:
-            return LockedOut(f"{reason} (Retry-After: {wait_seconds} s)")
-        if is_submission and status == 404:
-            return Refused(f"{reason} (check INFERENCE_BASE_URL: it usually ends in /v1)")
-        if status == 429:
+        if status == 429 and (method == "GET" or wait_seconds <= MAX_RETRY_AFTER_SECONDS):
             return NotAccepted(reason)
+        if method == "POST" and status in (402, 403, 429):
+            return LockedOut(reason)
+        if method == "POST" and status == 404:
+            reason += " (check INFERENCE_BASE_URL: it usually ends in /v1)"
         if 300 <= status < 500 and status != 408:
             return Refused(reason)
         return Uncertain(reason)
 
     def wait(self, seconds: float, stop: Event) -> bool:
-        """Wait that long, and until a pause is over; return False if stop is set meanwhile."""
+        """Wait that long, and as Retry-After asks; return False if stop is set meanwhile."""
         until = monotonic() + seconds
         while not stop.is_set():
             remaining_seconds = max(until, self.paused_until) - monotonic()
@@ -283,26 +344,6 @@ class Client:
                 return True
             stop.wait(remaining_seconds)
         return False
-
-
-def parse_json(content: bytes) -> Any:
-    """Return the JSON in the body of an answer, or None."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-
-
-def find(value: Any, kind: type, *path: str | int) -> Any:
-    """Follow a path of keys and indexes into JSON; None if nothing of that kind is there."""
-    try:
-        for step in path:
-            value = value[step]
-    except (LookupError, TypeError):
-        return None
-    if isinstance(value, kind):
-        return value
-    return None
 
 
 # --- The records: a request and what has come of it, and the file that keeps them
@@ -316,8 +357,8 @@ FAILED = "Failed"  # also: refused when it was submitted
 NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
 UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
-# An outcome only
-PENDING = "Pending"  # accepted, and not final
+# An outcome, not a state: accepted, and not final
+PENDING = "Pending"
 
 
 @dataclass
@@ -329,7 +370,9 @@ class Record:
     request: Json  # the chat completion request that is sent
     generation_id: str | None = None
     state: str = NOT_SENT
-    response: str | Json | None = None  # the answer's text, or the whole response if it is more
+    response: str | Json | None = (
+        None  # the answer's text, or the whole response if it is more
+    )
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -352,7 +395,9 @@ class Record:
         self.prompt_tokens = find(usage, int, "prompt_tokens")
         self.completion_tokens = find(usage, int, "completion_tokens")
         self.total_tokens = find(usage, int, "total_tokens")
-        self.finish_reason = find(generation, str, "response", "choices", 0, "finish_reason")
+        self.finish_reason = find(
+            generation, str, "response", "choices", 0, "finish_reason"
+        )
         self.response = answer_of(generation)
         with suppress(ValueError, TypeError):  # a time is missing, or in another form
             dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -370,14 +415,14 @@ def answer_of(generation: Json) -> str | Json | None:
     More are tool calls, a refusal, several choices, log probabilities. They were paid for, too.
     """
     response: Json | None = find(generation, dict, "response")
-    choices = find(response, list, "choices") or [None]
-    content: str | None = find(choices, str, 0, "message", "content")
-    if content is None or len(choices) > 1 or choices[0].get("logprobs"):
-        return response
-    others = [key for key, value in choices[0]["message"].items() if value]
-    if set(others) - {"role", "content"}:
-        return response
-    return content
+    choices = find(response, list, "choices") or [{}]
+    message = find(choices, dict, 0, "message") or {}
+    content = message.get("content")
+    others = {key for key, value in message.items() if value} - {"role", "content"}
+    is_one_text = isinstance(content, str) and len(choices) == 1 and not others
+    if is_one_text and not choices[0].get("logprobs"):
+        return content
+    return response
 
 
 def parse_time(text: Any) -> datetime:
@@ -399,18 +444,35 @@ def check_record(record: Record) -> None:
     repeated = find(record.request, str, "metadata", "custom_id")
     if not repeated or repeated != record.custom_id:
         raise ValueError(
-            f"a custom id must be a text, not empty, and stand in the request as "
-            f"metadata.custom_id: {record.custom_id!r} has {repeated!r} there"
+            "a custom id must be a text, not empty, and be the request's metadata.custom_id too: "
+            f"{record.custom_id!r} has {repeated!r} there"
         )
 
 
 Records = list[Record]
+
+
+def mark_interrupted(records: Records) -> None:
+    """Make records that were being sent Unknown, after a program has ended, or as it ends."""
+    for record in records:
+        if record.state == SUBMITTING:
+            record.state = UNKNOWN
+            record.error = "the program ended while it was being sent"
+
+
 # One process at a time can have the file open. What was saved survives a kill of the program.
+# The trigger keeps a program that forgot to load its records from paying for them again.
 SCHEMA = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS single_requests (custom_id TEXT PRIMARY KEY, record TEXT NOT NULL);
+    CREATE TRIGGER IF NOT EXISTS keep_ids BEFORE UPDATE ON single_requests
+    WHEN old.record LIKE '%"generation_id": "%' AND old.record NOT LIKE '%"state": "Failed"%'
+        AND new.record NOT LIKE '%"generation_id": "%'
+    BEGIN
+        SELECT RAISE(ABORT, 'it has a record of this custom_id that was submitted: load() it');
+    END;
 """
 UPSERT = """
     INSERT INTO single_requests VALUES (?, ?)
@@ -419,10 +481,11 @@ UPSERT = """
 
 
 class Results:
-    """The file that keeps the records: SQLite, a row each.
+    """The file that keeps the records: SQLite, a row each. It is made if it is missing.
 
-    Threads can share it, processes can't: OSError if another one has it open. save and load
-    raise OSError, too, if the file can't be written or read.
+    Threads can share it, processes can't: OSError if it is open already. save and load raise
+    OSError, too, if the file can't be written or read. Begin with load(): records that are made
+    anew know nothing of what was submitted, and save refuses them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -434,7 +497,9 @@ class Results:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise OSError(f"{path} is in use by another process, or can't be: {error}") from error
+            raise OSError(
+                f"can't open {path}, or it is in use already: {error}"
+            ) from error
         # Nobody else is using the file: what is Submitting was so when a program ended.
         interrupted = [record for record in self.load() if record.state == SUBMITTING]
         mark_interrupted(interrupted)
@@ -444,7 +509,9 @@ class Results:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Let no other thread in; commit at the end, or roll back."""
         if os.getpid() != self.process_id:  # SQLite can't be used across a fork
-            raise OSError(f"{self.path} was opened by another process: open it in this one")
+            raise OSError(
+                f"{self.path} was opened by another process: open it in this one"
+            )
         try:
             with self.lock, self.connection:
                 yield self.connection
@@ -453,8 +520,8 @@ class Results:
 
     def save(self, records: Iterable[Record]) -> None:
         """Put records on file, all of them or none. Each replaces the one with its custom id."""
-        rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
         with self.transaction() as connection:
+            rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
             connection.executemany(UPSERT, rows)
 
     def load(self) -> Records:
@@ -467,26 +534,25 @@ class Results:
 
     def close(self) -> None:
         """Close the file. Another process can open it now."""
-        self.connection.close()
-
-
-def mark_interrupted(records: Records) -> None:
-    """Make records that were being sent Unknown, after a program has ended, or as it ends."""
-    for record in records:
-        if record.state == SUBMITTING:
-            record.state = UNKNOWN
-            record.error = "the program ended while it was being sent"
+        with self.lock:
+            self.connection.close()
 
 
 # --- The work: submit, then poll until final
 
-# Worker threads make the calls, change the records and save them: an id is on file the moment it
-# arrives, whatever happens to the caller's thread. This hands out the work and looks on.
+# Worker threads make the calls, change the records and save them: an id is on file the
+# moment it arrives, whatever happens to the caller's thread. This hands out the work and
+# looks on. Both functions are iterators: nothing happens until you iterate. To stop, leave
+# the loop; an iterator that has a name goes on living, so close it, too.
 
 MAX_SUBMIT_ATTEMPTS = 5
-MAX_UNCERTAIN_IN_A_ROW = 5
-CHECK_SECONDS = 0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
+MAX_UNCERTAIN = 5  # in a row
+CHECK_SECONDS = (
+    0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
+)
 Save = Callable[[Records], object]  # called in worker threads, several at a time
+# What has become of a request whose submission failed
+STATES = {Refused: FAILED, LockedOut: NOT_SENT, NotAccepted: NOT_SENT, Uncertain: UNKNOWN}
 
 
 def submit_all(
@@ -498,11 +564,11 @@ def submit_all(
 ) -> Iterator[Record]:
     """Submit the records that are Not sent; yield each when its submission has ended.
 
-    At most max_concurrent are under way at a time. If you leave the loop, nothing more is sent,
-    and what is under way ends first. save gets all that is Not sent at the beginning, and then
-    [record] before and after each attempt. ValueError or TypeError: a record can't be sent.
-    After an error, nothing more is sent, what is under way ends, and then it is raised: LockedOut,
-    NotAccepted after five attempts, Uncertain after five in a row, or what save has raised.
+    At most max_concurrent are under way; they end even if you leave the loop. save gets all
+    that is Not sent at the beginning, then [record] before and after each attempt. Raises
+    ValueError or TypeError for a record that can't be sent, and, when what was under way has
+    ended, LockedOut, NotAccepted after five attempts, Uncertain after five in a row, or what
+    save has raised.
     """
     check_records(records)
     waiting = deque(record for record in records if record.state == NOT_SENT)
@@ -510,24 +576,23 @@ def submit_all(
     under_way: dict[Future[None], Record] = {}
     stop = Event()
     error: BaseException | None = None
-    uncertain_in_a_row = 0
+    last_states: deque[str] = deque(maxlen=MAX_UNCERTAIN)
     try:
         while waiting or under_way:
             while waiting and len(under_way) < max_concurrent:
                 record = waiting.popleft()
-                record.state = SUBMITTING  # claimed: another submit_all leaves it alone
-                future = pool.submit(submit, client, record, save, stop)
+                if record.state != NOT_SENT:  # another submit_all has taken it
+                    continue
+                record.state = SUBMITTING
+                future = pool.submit(submit_in_worker, client, record, save, stop)
                 under_way[future] = record
             done, _ = wait(under_way, CHECK_SECONDS, FIRST_COMPLETED)
             for future in done:
                 record = under_way.pop(future)
-                error = future.exception() or error
-                if record.state == UNKNOWN:
-                    uncertain_in_a_row += 1
-                else:
-                    uncertain_in_a_row = 0
-                if waiting and uncertain_in_a_row >= MAX_UNCERTAIN_IN_A_ROW:
-                    error = Uncertain(f"{uncertain_in_a_row} submissions in a row: {record.error}")
+                error = error or future.exception()
+                last_states.append(record.state)
+                if waiting and last_states.count(UNKNOWN) == MAX_UNCERTAIN:
+                    error = Uncertain(f"{MAX_UNCERTAIN} in a row: {record.error}")
                 if error:
                     waiting.clear()
                     stop.set()
@@ -539,15 +604,15 @@ def submit_all(
         wait(under_way)  # they may have been paid for
 
 
-def submit(client: Client, record: Record, save: Save, stop: Event) -> None:
-    """Submit one request, in a worker thread. Try again only what surely was not accepted."""
+def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) -> None:
+    """Submit one request. Try again only what surely was not accepted."""
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
+        record.state = SUBMITTING  # before the wait: nobody else may submit it meanwhile
         if not client.wait(backoff_seconds(attempt), stop):
             record.state = NOT_SENT
             return
+        record.error = None
         try:
-            record.state = SUBMITTING
-            record.error = None
             save([record])
         except Exception:  # what can't be put on file is not sent
             record.state = NOT_SENT
@@ -555,19 +620,11 @@ def submit(client: Client, record: Record, save: Save, stop: Event) -> None:
         try:
             record.generation_id = client.submit_generation(record.request)
             record.state = QUEUED
-        except Refused as error:
-            record.state = FAILED
+        except ApiError as error:
+            record.state = STATES.get(type(error), UNKNOWN)
             record.error = str(error)
-        except Uncertain as error:
-            record.state = UNKNOWN
-            record.error = str(error)
-        except NotAccepted as error:
-            record.state = NOT_SENT
-            record.error = str(error)
-        except LockedOut as error:
-            record.state = NOT_SENT
-            record.error = str(error)
-            raise
+            if isinstance(error, LockedOut):
+                raise
         finally:
             save([record])
         if record.state != NOT_SENT:
@@ -601,11 +658,11 @@ def poll_all(
     max_attempts: int = MAX_POLL_ATTEMPTS,
     max_concurrent: int = MAX_CONCURRENT_POLLS,
 ) -> Iterator[Record]:
-    """Poll the records that are Pending; yield each when it has become final, after save([it]).
+    """Poll the records that are Pending; yield each when it has become final and was saved.
 
-    At most max_concurrent polls are under way at a time. After max_attempts polls a record stays
-    Pending. If you leave the loop, what is under way is not awaited: a poll costs nothing.
-    Raises LockedOut, or what save has raised.
+    An iterator, as submit_all is. At most max_concurrent polls are under way at a time. After
+    max_attempts polls a record stays Pending. If you leave the loop, what is under way is not
+    awaited: a poll costs nothing. Raises LockedOut, or what save has raised.
     """
     # (when it is due, which attempt, the record), in order of time, as all have the same interval
     waiting = deque((0.0, 1, record) for record in records if record.outcome == PENDING)
@@ -613,9 +670,13 @@ def poll_all(
     stop = Event()
     try:
         while waiting or under_way:
-            while waiting and waiting[0][0] <= monotonic() and len(under_way) < max_concurrent:
+            while (
+                waiting
+                and waiting[0][0] <= monotonic()
+                and len(under_way) < max_concurrent
+            ):
                 _, attempt, record = waiting.popleft()
-                future = pool.submit(poll, client, record, save, stop)
+                future = pool.submit(poll_in_worker, client, record, save, stop)
                 under_way[future] = (attempt, record)
             if not under_way:
                 sleep(CHECK_SECONDS)
@@ -632,8 +693,8 @@ def poll_all(
         stop.set()
 
 
-def poll(client: Client, record: Record, save: Save, stop: Event) -> None:
-    """Poll a generation once, in a worker thread. If that fails, the record stays Pending."""
+def poll_in_worker(client: Client, record: Record, save: Save, stop: Event) -> None:
+    """Poll a generation once. If that fails, the record stays Pending."""
     if not client.wait(0, stop):
         return
     try:
@@ -643,6 +704,8 @@ def poll(client: Client, record: Record, save: Save, stop: Event) -> None:
         raise
     except ApiError as error:  # a poll costs nothing: it is made again
         record.error = str(error)
+        return
+    if stop.is_set():  # the loop was left, and another one may be polling the record
         return
     record.update(generation)
     if record.outcome != PENDING:
@@ -691,7 +754,10 @@ class Screen:
             text = ", ".join(f"{count} {state}" for state, count in states.items())
             seconds = timedelta(seconds=int(monotonic() - self.started_at))
             line = "  " + shorten(f"⏳ {text}, {seconds}", self.columns - 3)
-            with self.lock, suppress(OSError):  # stdout is closed: the main thread will notice
+            with (
+                self.lock,
+                suppress(OSError),
+            ):  # stdout is closed: the main thread will notice
                 if self.watched and self.is_terminal:
                     print(f"\r{line:<{self.columns - 2}}", end="", flush=True)
                     self.has_live_line = True
@@ -726,12 +792,16 @@ class Screen:
 
 def printable(text: str) -> str:
     """Return text from elsewhere on one line and without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:2000]).strip()
+    return "".join(
+        letter if letter.isprintable() else " " for letter in text[:2000]
+    ).strip()
 
 
 def width(text: str) -> int:
     """Return how many columns of a terminal text takes: a Chinese letter takes two."""
-    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + sum(
+        unicodedata.east_asian_width(letter) in "WF" for letter in text
+    )
 
 
 def shorten(text: str, columns: int) -> str:
@@ -752,7 +822,9 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.fill(
+        printable(text), 80, initial_indent=indent, subsequent_indent=indent
+    )
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -776,7 +848,9 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     print(f"      Total:       {total:>4}")
 
-    durations = [record.duration_ms for record in records if record.duration_ms is not None]
+    durations = [
+        record.duration_ms for record in records if record.duration_ms is not None
+    ]
     average = least = most = throughput = "-"
     if durations:
         average = f"{sum(durations) / len(durations):.1f}ms"
@@ -785,7 +859,9 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
     answered = sum(record.outcome == SUCCESS for record in submitted)
     if answered:
         throughput = f"{answered / seconds:.2f} req/s"
-    completions = [record.completion_tokens for record in records if record.completion_tokens]
+    completions = [
+        record.completion_tokens for record in records if record.completion_tokens
+    ]
     print(
         "\n  Performance Metrics\n  -----------------------\n"
         f"      Total wall-clock time: {seconds:>10.2f}s\n"
@@ -855,7 +931,9 @@ def show_lost_ids(records: Records, path: Path) -> None:
         "      records = {record.custom_id: record for record in results.load()}"
     )
     for record in records:
-        print(f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}")
+        print(
+            f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}"
+        )
     print("      results.save(records.values())")
 
 
@@ -877,10 +955,10 @@ def advice(records: Records, command: str) -> str:
 PREFIX = "async-polling"  # of the names of results files
 OTHER_SCRIPT = "async_group_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
-ENVIRONMENT = (
-    "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
+ENVIRONMENT = "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
+RESUME_HELP = (
+    "go on polling an earlier run: without FILE the newest that has something pending"
 )
-RESUME_HELP = "go on polling an earlier run: without FILE the newest that has something pending"
 
 
 def check_configuration() -> None:
@@ -898,7 +976,9 @@ def check_configuration() -> None:
         if name.endswith("_SECONDS"):
             is_number = isinstance(value, int | float)
         if not is_number or not 0 < value <= 1_000_000:
-            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
+            raise ValueError(
+                f"{name} must be a number from 1 to 1,000,000, not {value!r}"
+            )
     if not isinstance(RESULTS_DIR, str):
         raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
@@ -907,10 +987,14 @@ def new_records() -> Records:
     """Return a record for each question; ValueError if load_questions returns anything else."""
     questions = load_questions()
     if not isinstance(questions, dict) or not questions:
-        raise ValueError(f"load_questions must return questions by custom id, not {questions!r}")
+        raise ValueError(
+            f"load_questions must return questions by custom id, not {questions!r}"
+        )
     for custom_id, question in questions.items():
         if not isinstance(question, str):
-            raise ValueError(f"load_questions: {custom_id!r} has {question!r}, which is no text")
+            raise ValueError(
+                f"load_questions: {custom_id!r} has {question!r}, which is no text"
+            )
     return [new_record(custom_id, question) for custom_id, question in questions.items()]
 
 
@@ -919,13 +1003,17 @@ def open_results(resume: str | None) -> Results:
     folder = Path(RESULTS_DIR).expanduser()
     if resume is None:
         records = new_records()
-        results = Results(folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db")
+        results = Results(
+            folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db"
+        )
         results.save(records)
         return results
     if resume:
         path = Path(resume).with_suffix(".db")
         if not path.is_file():
-            raise ValueError(f"there is no {path} (an earlier version's .jsonl can't be resumed)")
+            raise ValueError(
+                f"there is no {path} (an earlier version's .jsonl can't be resumed)"
+            )
         return Results(path)
     for path in sorted(folder.glob(f"{PREFIX}-*.db"), reverse=True):
         results = Results(path)
@@ -934,7 +1022,9 @@ def open_results(resume: str | None) -> Results:
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
+            print(
+                f"{path} is newer, and has requests that were not sent", file=sys.stderr
+            )
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -949,7 +1039,9 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
+            os.write(
+                2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n"
+            )
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -994,7 +1086,6 @@ def run(
 
 def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             row = dict(vars(record))
@@ -1020,14 +1111,20 @@ def end_run(
     mark_interrupted(records)
     path = results.path.with_suffix(".jsonl")
     try:
-        write_answers(records, path)
         if not results.path.is_file():  # it was deleted during the run
             results = Results(results.path)
         results.save(records)
     except OSError as error:
         screen.notes.append(str(error))
+    try:
+        write_answers(records, path)
+    except OSError as error:
+        screen.notes.append(str(error))
     lost = lost_ids(records, results)
-    missing = Counter(record.outcome.lower() for record in records if record.outcome != SUCCESS)
+    results.close()
+    missing = Counter(
+        record.outcome.lower() for record in records if record.outcome != SUCCESS
+    )
     ending = "Generation complete!"
     if missing or screen.notes:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in missing.items())
@@ -1054,7 +1151,9 @@ def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=ENVIRONMENT)
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=RESUME_HELP)
-    parser.add_argument("--submit", action="store_true", help="also submit what was not sent")
+    parser.add_argument(
+        "--submit", action="store_true", help="also submit what was not sent"
+    )
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")
@@ -1065,7 +1164,9 @@ def main() -> int:
         results = open_results(options.resume)
         records = results.load()
         if not records:
-            raise ValueError(f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s")
+            raise ValueError(
+                f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s"
+            )
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, ImportError) as error:

@@ -8,9 +8,11 @@
     uv run tests/benchmark.py --short   counts only, on small workloads: what CI runs
 
 It runs on Linux. The scripts run unchanged but for the constants at their top, as processes,
-against the local API in a process of its own. Where no client could do better than some figure,
-that is called a floor; the bare loop is only a reference. The exit code is 1 if a count is not as
-it should be; without --short, also if another figure is not reached.
+against the local API in a process of its own. Each side has a processor core of its own: on an
+idle machine, threads that move between cores cost more than the work does, and the figures vary
+twofold. Where no client could do better than some figure, that is called a floor; the bare loop
+is only a reference. The exit code is 1 if a count is not as it should be; without --short, also
+if another figure is not reached.
 """
 
 import argparse
@@ -33,6 +35,8 @@ from local_api import LocalApi
 
 TOP = Path(__file__).parent.parent
 SINGLE, GROUP = "async_polling_example.py", "async_group_example.py"
+CORES = sorted(os.sched_getaffinity(0))
+CLIENT_CORES, SERVER_CORES = CORES[:1], CORES[1:] or CORES
 verdicts: list[bool] = []
 
 
@@ -71,6 +75,7 @@ class StragglersApi(LocalApi):
 
 def serve(kind: type[LocalApi], options: dict[str, Any], pipe: Connection) -> None:
     """Serve until told to stop, and then tell what was seen."""
+    os.sched_setaffinity(0, SERVER_CORES)
     moments: list[float] = []
     with kind(**options) as api:
 
@@ -83,7 +88,7 @@ def serve(kind: type[LocalApi], options: dict[str, Any], pipe: Connection) -> No
         made = api.generations.values()
         seen: dict[str, Any] = {
             "connections": len(api.connections),
-            "exchanges": len(api.calls),
+            "calls": len(api.calls),
             "seconds": moments[-1] - moments[0] if moments else 0,
             "last": moments[-1] if moments else 0,
             "made again": api.made_again(),
@@ -152,7 +157,7 @@ def run(script: str, environment: dict[str, str], **constants: Any) -> dict[str,
 
 
 def far_away(count: int, is_short: bool) -> None:
-    """Every exchange takes 50 ms, every new connection 100 ms more; nothing else takes time."""
+    """Every call takes 50 ms, every new connection 100 ms more; nothing else takes time."""
     served = Served(seconds=(0, 0), delay_seconds=0.05, connect_seconds=0.1)
     used = run(SINGLE, served.environment, NUM_REQUESTS=count, MAX_CONCURRENT_POLLS=5)
     seen = served.stop()
@@ -160,13 +165,13 @@ def far_away(count: int, is_short: bool) -> None:
     what = f"{count} requests, 5 workers: seconds (floor {floor:.1f})"
     ratio = used["seconds"] / floor
     if not is_short:
-        report("Far away", what, f"{used['seconds']:.2f}", f"<= {1.4 * floor:.1f}", ratio <= 1.4)
+        report("Far away", what, f"{used['seconds']:.2f}", f"<= {1.35 * floor:.1f}", ratio <= 1.35)
     report(
         "Far away",
-        "exchanges",
-        f"{seen['exchanges']}",
+        "calls",
+        f"{seen['calls']}",
         f"{2 * count}",
-        seen["exchanges"] == 2 * count,
+        seen["calls"] == 2 * count,
     )
 
 
@@ -211,7 +216,7 @@ def connections(count: int) -> None:
 
 
 def bare_rate(count: int) -> float:
-    """Return the exchanges a second of a bare loop over one Session: one at a time, no records."""
+    """Return the calls per second of a bare loop over one Session: one at a time, no records."""
     served = Served(seconds=(0, 0))
     url = served.environment["INFERENCE_BASE_URL"]
     chat = {
@@ -229,12 +234,12 @@ def bare_rate(count: int) -> float:
         for generation_id in ids:
             session.get(f"{url}/generation/{generation_id}", timeout=30).json()
     seen = served.stop()
-    return float((seen["exchanges"] - 1) / seen["seconds"])
+    return float((seen["calls"] - 1) / seen["seconds"])
 
 
 def many() -> None:
     """A thousand requests as fast as they go; ten thousand in proportion."""
-    bare = bare_rate(1000)
+    bare = statistics.median(bare_rate(1000) for _ in range(3))
     sizes: dict[int, dict[str, Any]] = {}
     rates: dict[int, float] = {}
     for count, workers in ((1000, 5), (100, 32), (1000, 32), (10_000, 32)):
@@ -243,17 +248,16 @@ def many() -> None:
             SINGLE, served.environment, NUM_REQUESTS=count, MAX_CONCURRENT_POLLS=workers
         )
         seen = served.stop()
-        rates[count] = (seen["exchanges"] - 1) / seen["seconds"]
+        rates[count] = (seen["calls"] - 1) / seen["seconds"]
         if workers == 5:
             ratio = rates[count] / bare
-            what = f"exchanges a second, 1,000 requests (a bare loop: {bare:.0f})"
-            report("Many", what, f"{rates[count]:.0f}", f">= {0.7 * bare:.0f}", ratio >= 0.7)
-    growth = (sizes[10_000]["bytes"] - sizes[100]["bytes"]) / 9900 / 1024
-    report("Many", "KB a request, beyond 100", f"{growth:.1f}", "< 5", growth < 5)
+            what = f"calls per second, 1,000 requests (a bare loop: {bare:.0f})"
+            report("Many", what, f"{rates[count]:.0f}", f">= {0.9 * bare:.0f}", ratio >= 0.9)
+    growth = (sizes[10_000]["bytes"] - sizes[100]["bytes"]) / 2**20
+    what = "MB that 10,000 requests take more than 100"
+    report("Many", what, f"{growth:.0f}", "<= 60", growth <= 60)
     each = rates[1000] / rates[10_000]
-    report(
-        "Many", "time an exchange, 10,000 to 1,000 requests", f"{each:.2f}", "<= 1.2", each <= 1.2
-    )
+    report("Many", "time per call, 10,000 to 1,000 requests", f"{each:.2f}", "<= 1.2", each <= 1.2)
 
 
 def idle() -> None:
@@ -276,6 +280,7 @@ def main() -> int:
     )
     parser.add_argument("--short", action="store_true", help="small workloads, counts alone judged")
     is_short = parser.parse_args().short
+    os.sched_setaffinity(0, CLIENT_CORES)
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {datetime.now():%Y-%m-%d}\n")
     print("| workload | what | figure | to reach | |\n|---|---|---|---|---|")
     connections(30 if is_short else 200)

@@ -72,8 +72,10 @@ class Run:
 def read_results(path: Path) -> list[Json]:
     """Read the records of a results file without the script."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        [[table]] = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        rows = connection.execute(f"SELECT record FROM {table} ORDER BY rowid").fetchall()
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        if not tables:  # killed while it was made
+            return []
+        rows = connection.execute(f"SELECT record FROM {tables[0][0]} ORDER BY rowid").fetchall()
     return [json.loads(text) for [text] in rows]
 
 
