@@ -566,9 +566,8 @@ def submit_all(
 
     At most max_concurrent are under way; they end even if you leave the loop. save gets all
     that is Not sent at the beginning, then [record] before and after each attempt. Raises
-    ValueError or TypeError for a record that can't be sent, and, when what was under way has
-    ended, LockedOut, NotAccepted after five attempts, Uncertain after five in a row, or what
-    save has raised.
+    ValueError or TypeError before anything is sent; when what was under way has ended,
+    LockedOut, NotAccepted (five attempts), Uncertain (five in a row), or what save raised.
     """
     check_records(records)
     waiting = deque(record for record in records if record.state == NOT_SENT)
@@ -586,8 +585,7 @@ def submit_all(
                 record.state = SUBMITTING
                 future = pool.submit(submit_in_worker, client, record, save, stop)
                 under_way[future] = record
-            done, _ = wait(under_way, CHECK_SECONDS, FIRST_COMPLETED)
-            for future in done:
+            for future in wait(under_way, CHECK_SECONDS, FIRST_COMPLETED).done:
                 record = under_way.pop(future)
                 error = error or future.exception()
                 last_states.append(record.state)
@@ -680,8 +678,7 @@ def poll_all(
                 under_way[future] = (attempt, record)
             if not under_way:
                 sleep(CHECK_SECONDS)
-            done, _ = wait(under_way, CHECK_SECONDS, FIRST_COMPLETED)
-            for future in done:
+            for future in wait(under_way, CHECK_SECONDS, FIRST_COMPLETED).done:
                 attempt, record = under_way.pop(future)
                 future.result()
                 if record.outcome != PENDING:

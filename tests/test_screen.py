@@ -9,7 +9,7 @@ import unicodedata
 from typing import Any
 
 import pytest
-from conftest import GROUP, SINGLE, Example, custom_ids, faulty
+from conftest import GROUP, SINGLE, Example, custom_ids, in_turn, is_submission
 from local_api import Fault, Json, Proceed, status, web
 
 if sys.platform != "win32":
@@ -17,6 +17,15 @@ if sys.platform != "win32":
     import pyte
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+
+
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget how wide a terminal the tests were started on."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+# The sample
 
 RULE = "=" * 80
 HEADERS = {
@@ -199,16 +208,91 @@ def test_all_is_shown_as_in_the_sample(example: Example) -> None:
     assert "\x1b" not in run.stdout
 
 
+# Reading what is shown
+
+
+def columns(line: str) -> int:
+    """How many columns of a terminal a line takes."""
+    shown = [letter for letter in line if unicodedata.category(letter) not in ("Mn", "Me")]
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
+
+
+def too_wide(shown: str) -> list[str]:
+    """The lines of more than 80 columns, commands aside: they can't be wrapped."""
+    lines = [line for line in shown.splitlines() if not line.startswith("      uv run ")]
+    return [line for line in lines if columns(line) > 80]
+
+
+def part(shown: str, start: str, end: str) -> list[str]:
+    """The lines between two headings, without the rule and the empty lines."""
+    lines = shown.partition(start)[2].partition(end)[0].splitlines()
+    return [line for line in lines if line.strip("-= ")]
+
+
+def read_table(shown: str) -> tuple[list[int], dict[str, list[str]]]:
+    """The widths of the table's columns, and its rows by custom id."""
+    lines = iter(shown.partition("Request-Response")[2].splitlines())
+    ruler = next(line for line in lines if re.fullmatch(r" (?: -+){4}", line))
+    spans = [match.span() for match in re.finditer("-+", ruler)]
+    rows = {}
+    for line in lines:
+        if not line or line.startswith("  ... and "):
+            break
+        custom_id, *cells = [line[start:end].rstrip() for start, end in spans]
+        assert line == line[: spans[-1][1]]
+        rows[custom_id] = cells
+    return [end - start for start, end in spans], rows
+
+
+def read_reasons(shown: str) -> dict[str, int]:
+    """The reasons below the table, unwrapped, and how many requests have each."""
+    blocks = re.findall(r"^  (\d+) \D+:\n((?: {6}\S.*\n)+)", shown, re.M)
+    reasons = [" ".join(text.split()) for _, text in blocks]
+    assert len(reasons) == len(set(reasons))
+    return {reason: int(count) for reason, (count, _) in zip(reasons, blocks, strict=True)}
+
+
+def ask(example: Example, questions: dict[str, str]) -> None:
+    """Let load_questions return these, as a user does."""
+    example.replace(
+        "\n\n\ndef build_request(",
+        f"\n\n\ndef load_questions():\n    return {questions!a}\n\n\ndef build_request(",
+    )
+
+
+def with_text(shown: Json, text: str | None) -> Json:
+    """Give a generation another answer."""
+    return shown | {"response": {"choices": [{"message": {"content": text}}]}}
+
+
+def custom_id_of(shown: Json) -> str:
+    """Return the custom id of a generation."""
+    return str(shown["request"]["metadata"]["custom_id"])
+
+
+def until(event: threading.Event) -> Fault:
+    """Answer properly, but not before the event."""
+
+    async def fault(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        while not event.is_set():
+            await asyncio.sleep(0.01)
+        return await proceed()
+
+    return fault
+
+
+# Text from elsewhere
+
 NASTY = {
     "escapes": "\x1b[2J\x1b]0;title\x07red\x1b[0m",
     "line breaks": "one\ntwo\r\nthree\rfour\x0bfive\u2028six\u2029seven\x85eight",
-    "wide": "東京は日本の首都です。人口はおよそ千四百万人です。",
+    "wide": "東京は日本の首都です。人口はおよそ千四百万人です。" * 3,
     "emoji": "🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉",
     "direction": "\u202egnirts\u202c \u200b\u200d\ufeff \u061c",
     "surrogate": "half \ud83d of it",
     "nul": "a\0b",
     "a long word": "a" * 200,
-    "a megabyte": "many words " * 100_000,
+    "a long text": "many words " * 10_000,
     "only white space": " \n\t ",
     "combining": "e\u0301" * 30,
     "Hindi": "नमस्ते दुनिया",
@@ -218,19 +302,20 @@ NASTY = {
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "utf-16"])
 def test_text_from_elsewhere_is_made_fit(example: Example, encoding: str) -> None:
     example.environment = example.environment | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    example.edit(MODEL_ID=NASTY["emoji"])
     texts = list(NASTY.values())
-    example.edit(NUM_REQUESTS=2 * len(texts), MODEL_ID=NASTY["emoji"])
-    path = example.folder / example.script
-    asked = [text if text.strip() else "?" for text in texts] * 2
-    questions = f"SAMPLE_QUESTIONS = {asked!a}\n\n\ndef build_request"
-    path.write_text(path.read_text("utf-8").replace("def build_request", questions, 1), "utf-8")
+    questions = {}
+    for number, text in enumerate(texts * 2):
+        name = text[:60].replace("\ud83d", "")  # SQLite takes no half of a surrogate pair
+        questions[f"{number:02} {name}"] = text
+    ask(example, questions)
 
     def answer(shown: Json) -> Json:
-        number = int(shown["request"]["metadata"]["custom_id"][4:]) - 1
+        number = int(custom_id_of(shown)[:2])
         text = texts[number % len(texts)]
         if number >= len(texts):
             return shown | {"state": "Failed", "stateMessage": text, "response": None}
-        return shown | {"response": {"choices": [{"message": {"content": text}}]}}
+        return with_text(shown, text)
 
     example.api.alter = answer
     process = example.start(stdout=-1)
@@ -238,25 +323,32 @@ def test_text_from_elsewhere_is_made_fit(example: Example, encoding: str) -> Non
     process.stdout.reconfigure(encoding=encoding, errors="strict", newline="")  # type: ignore[attr-defined]
     run = example.finish(process)
     assert run.code == 1
-    assert all(each == "\n" or each.isprintable() for each in run.stdout)
-    table = run.stdout.split("Request-Response")[1].splitlines()
+    assert all(letter == "\n" or letter.isprintable() for letter in run.stdout)
+    rows = part(run.stdout, "Request-Response", "without")
+    assert len([line for line in rows if re.match(r"  \d\d ", line)]) == len(questions)
     if encoding.startswith("utf"):  # in others a combining mark is a ? of its own
-        rows = [line for line in table if line.startswith("  req-")]
-        assert len(rows) == 2 * len(texts)
-        assert max(map(columns, rows)) <= 80
-        assert max(map(columns, table)) <= 13 + 300
-    answers = [run.final[f"req-{number:03}"]["response"] for number in range(1, len(texts) + 1)]
-    assert answers == texts  # in full, whatever the screen can hold
+        assert not too_wide(run.stdout)
+    answers = [run.final[custom_id]["response"] for custom_id in questions]
+    assert answers[: len(texts)] == texts  # in full, whatever the screen can hold
     assert ("|████" in run.stdout) == encoding.startswith("utf")
     assert ("|????" in run.stdout) != encoding.startswith("utf")
 
 
-def columns(line: str) -> int:
-    """How many columns of a terminal a line takes."""
-    shown = [each for each in line if unicodedata.category(each) not in ("Mn", "Me")]
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in shown)
+@pytest.mark.parametrize("text", ["東京は日本の", "नमस्ते दुनिया", "e\u0301te\u0301"], ids=ascii)
+def test_letters_of_another_width_keep_the_table_in_its_columns(single: Example, text: str) -> None:
+    ask(single, {"plain": "Hello", text[:5]: "Hello", "question": text, "both": text * 5})
+    single.api.alter = lambda shown: with_text(shown, "the answer")
+    rows = re.findall(r"^  .* ✓ Success .*$", single.run().stdout, re.M)
+    assert {columns(row.partition("the answer")[0]) for row in rows} == {55}
+    assert len(rows) == 4
 
 
+# Where not all has an answer
+
+REASON = (
+    "no request can be carried out, as the model that is asked for was not found, or does not take "
+    "what was sent: https://docs.inference.net"
+)
 FIVE_ENDS = """\
       Successful:     4
       Failed:         1
@@ -270,13 +362,13 @@ FIVE_ENDS = """\
 def test_what_did_not_succeed_is_counted_and_listed(single: Example) -> None:
     single.edit(NUM_REQUESTS=10, MAX_CONCURRENT_POLLS=1, MAX_POLL_ATTEMPTS=2)
     faults = {
-        "req-002": status(400, "a bad request"),
+        "req-002": status(400, REASON),
         "req-003": status(500, "a bad day"),
         "req-008": status(402, "no credit"),
     }
 
     def choose(request: web.Request, body: Json) -> Fault | None:
-        if request.method == "POST":
+        if is_submission(request):
             return faults.get(body["metadata"]["custom_id"])
         generation = single.api.generations[request.path.rpartition("/")[2]]
         return status(404, "not here yet") if generation.custom_id == "req-004" else None
@@ -284,110 +376,208 @@ def test_what_did_not_succeed_is_counted_and_listed(single: Example) -> None:
     single.api.choose_fault = choose
     run = single.run()
     assert run.code == 1
+    submissions = part(run.stdout, "Submitting 10 Requests", "Polling for Results")
+    assert [line[:28] for line in submissions if " → " not in line] == [
+        "    ✗ req-002: HTTP 400: no ",
+        "    ? req-003: HTTP 500: a b",
+        "    - req-008: HTTP 402: no ",
+    ]
     assert FIVE_ENDS in run.stdout
     assert "\n Not complete: 1 failed, 1 unknown, 1 pending, 3 not sent\n" in run.stdout
     assert "Generation complete!" not in run.stdout
-    below = run.stdout.partition("Request-Response")[2]
-    expected = [
-        r"  req-002    ✗ Failed   .*\n             HTTP 400: a bad request$",
-        r"  req-003    \? Unknown  .*\n             HTTP 500: a bad day$",
-        r"  req-004    … Pending  .*\n             HTTP 404: not here yet$",
-        r"  req-008    - Not sent .*\n             HTTP 402: no credit$",
-        r"  req-009    - Not sent .*$",
-        r"  req-010    - Not sent .*$",
-        r"  \? Unknown: perhaps accepted, and paid for: see the dashboard ",
-        rf"  … Pending: .*\n      uv run {single.script} --resume results/{run.results.name}$",
-        rf"  - Not sent: .*\n      uv run .* --resume results/{run.results.name} --submit$",
+    _, rows = read_table(run.stdout)
+    assert {custom_id: (cells[0], cells[2]) for custom_id, cells in rows.items()} == {
+        "req-001": ("✓ Success", "The capital of France..."),
+        "req-002": ("✗ Failed", "HTTP 400: no request..."),
+        "req-003": ("? Unknown", "HTTP 500: a bad day"),
+        "req-004": ("… Pending", "HTTP 404: not here yet"),
+        "req-005": ("✓ Success", "A spider has eight legs."),
+        "req-006": ("✓ Success", "The chemical symbol..."),
+        "req-007": ("✓ Success", "The Pacific Ocean is..."),
+        "req-008": ("- Not sent", "HTTP 402: no credit"),
+        "req-009": ("- Not sent", ""),
+        "req-010": ("- Not sent", ""),
+    }
+    assert read_reasons(run.stdout) == {
+        f"HTTP 400: {REASON}": 1,
+        "HTTP 500: a bad day": 1,
+        "HTTP 404: not here yet": 1,
+        "HTTP 402: no credit": 1,
+    }
+    advice = [
+        r"^  \? Unknown: perhaps accepted, and paid for\b.* dashboard\b.*$",
+        rf"^  … Pending: .*\n      uv run {single.script} --resume results/{run.results.name}$",
+        rf"^  - Not sent: .*\n      uv run .* --resume results/{run.results.name} --submit$",
+        rf"^  Results: results/{run.results.stem}\.jsonl$",
     ]
-    assert re.search(r"(?:.*\n)*?".join(expected), below, re.M)
-    marks = re.findall(r"^  req-\d+ +(\S \w+(?: sent)?) ", run.stdout, re.M)
-    assert marks == [
-        *("✓ Success", "✗ Failed", "? Unknown", "… Pending"),
-        *["✓ Success"] * 3,
-        *["- Not sent"] * 3,
-    ]
+    assert re.search(r"\n(?:.*\n)*?".join(advice), run.stdout, re.M)
+    assert not too_wide(run.stdout)
 
-
-def failed(shown: Json) -> Json:
-    return shown | {"state": "Failed", "stateMessage": "no", "response": None}
+    single.api.choose_fault = lambda request, body: None
+    resumed = single.run("--resume")
+    assert f"\n    • Resuming: results/{run.results.name}\n" in resumed.stdout
+    assert "\n      Successful:     5\n" in resumed.stdout
+    assert re.search(r"^      Throughput: +-$", resumed.stdout, re.M)
 
 
 @pytest.mark.parametrize("way", ["failed", "refused"])
-def test_ten_failures_are_no_completion(example: Example, way: str) -> None:
+def test_a_reason_of_many_stands_once_in_full(example: Example, way: str) -> None:
     example.edit(NUM_REQUESTS=10)
+    reason = REASON
     if way == "failed":
-        example.api.alter = failed
+        failed = {"state": "Failed", "stateMessage": REASON, "response": None}
+        example.api.alter = lambda shown: shown | failed
     else:
-        example.api.choose_fault = lambda request, body: status(400, "no")
+        reason = f"HTTP 400: {REASON}"
+        example.api.choose_fault = lambda request, body: status(400, REASON)
     run = example.run()
     assert run.code == 1
     assert "Generation complete!" not in run.stdout
     assert "\n Not complete: 10 failed\n" in run.stdout
     assert "\n      Failed:        10\n      Total:         10\n" in run.stdout
     assert "\n  ✗ |░░░░░" in run.stdout
-    listed = re.findall(r"^  (req-\d+) +✗ Failed .*\n {13}(?:HTTP 400: )?no$", run.stdout, re.M)
-    assert listed == [f"req-{number:03}" for number in range(1, 11)]
+    _, rows = read_table(run.stdout)
+    assert list(rows) == [f"req-{number:03}" for number in range(1, 11)]
+    for state, _, cell in rows.values():
+        assert state == "✗ Failed"
+        assert cell.endswith("...")
+        assert reason.startswith(cell.removesuffix("..."))
+    assert read_reasons(run.stdout) == {reason: 10}
+    assert not too_wide(run.stdout)
+    assert re.search(r"^      Throughput: +-$", run.stdout, re.M)
     if way == "refused":  # nothing was measured
         for name in ("Avg", "Min", "Max"):
             assert re.search(rf"^      {name} generation time: +-$", run.stdout, re.M)
         assert re.search(r"^      Avg completion/req: +0\.0$", run.stdout, re.M)
 
 
-def test_submissions_are_listed_in_the_order_of_the_requests(single: Example) -> None:
-    first = status(429, Retry_After="0")
-    single.api.choose_fault = faulty(first, polls=False, times=2, only="req-001")
+def test_submissions_are_listed_as_they_end(single: Example) -> None:
+    async def be_last(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        while len(single.api.generations) < 3:
+            await asyncio.sleep(0.01)
+        return await proceed()
+
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        return be_last if is_submission(request) and custom_ids(body) == ["req-001"] else None
+
+    single.api.choose_fault = choose
     run = single.run()
     assert run.code == 0
-    sent = [row["custom_id"] for row in run.rows if row["state"] == "Queued"]
-    assert sent[-1] == "req-001"
     listed = re.findall(r"^    ✓ (req-\d+): ", run.stdout, re.M)
-    assert listed == [f"req-{number:03}" for number in range(1, 5)]
+    assert sorted(listed) == [f"req-{number:03}" for number in range(1, 5)]
+    assert listed[-1] == "req-001"
+    _, rows = read_table(run.stdout)
+    assert list(rows) == sorted(listed)  # in the order of the questions
 
 
-def test_a_cut_by_max_tokens_is_told(example: Example) -> None:
-    def cut_off(shown: Json) -> Json:
-        choice = shown["response"]["choices"][0] | {"finish_reason": "length"}
-        return shown | {"response": shown["response"] | {"choices": [choice]}}
-
-    example.api.alter = cut_off
+def test_an_answer_that_was_cut_off_is_told(example: Example) -> None:
+    example.edit(MAX_TOKENS=5)  # which is enough for one of the four answers
     run = example.run()
     assert run.code == 0
-    assert run.stdout.count("... [max_tokens]") == 4
+    assert "\n Generation complete!\n" in run.stdout
+    assert re.search(r"^      Successful: +4\n      Cut off: +3 .*MAX_TOKENS$", run.stdout, re.M)
+    _, rows = read_table(run.stdout)
+    assert [custom_id for custom_id in rows if rows[custom_id][2].endswith(" [cut off]")] == [
+        *("req-001", "req-003", "req-004")
+    ]
+    assert rows["req-001"][2].startswith("The capital")
+    assert rows["req-002"][2] == "2 + 2 equals 4."
 
 
 def test_a_success_without_text_is_told(example: Example) -> None:
-    example.api.alter = lambda shown: shown | {"response": None}
+    call = {"choices": [{"message": {"content": None, "tool_calls": [{"id": "call-1"}]}}]}
+    responses: dict[str, Json | None] = {"req-002": call, "req-003": None}
+    example.api.alter = lambda shown: (
+        shown | {"response": responses.get(custom_id_of(shown), shown["response"])}
+    )
     run = example.run()
     assert run.code == 0
-    assert run.stdout.count("(no text)") == 4
+    _, rows = read_table(run.stdout)
+    assert {custom_id: cells[2] for custom_id, cells in rows.items()} == {
+        "req-001": "The capital of France...",
+        "req-002": "(no text: see the file)",
+        "req-003": "(no text: see the file)",
+        "req-004": "On a clear day the sky...",
+    }
 
 
-def test_a_long_table_begins_with_what_has_no_answer(single: Example) -> None:
-    single.edit(NUM_REQUESTS=1001)
+def test_of_many_requests_those_without_an_answer_are_listed(single: Example) -> None:
+    single.edit(NUM_REQUESTS=203)
+    faults = {"req-007": status(400, "no"), "req-111": status(500, "perhaps")}
 
-    def fail_two(shown: Json) -> Json:
-        is_bad = shown["request"]["metadata"]["custom_id"] in ("req-051", "req-1001")
+    def choose(request: web.Request, body: Json) -> Fault | None:
+        return faults.get(custom_ids(body)[0]) if is_submission(request) else None
+
+    def fail_one(shown: Json) -> Json:
+        is_bad = custom_id_of(shown) == "req-203"
         return shown | ({"state": "Failed", "stateMessage": "no"} if is_bad else {})
 
-    single.api.alter = fail_two
+    single.api.choose_fault = choose
+    single.api.alter = fail_one
     run = single.run()
-    table = run.stdout.partition("Request-Response")[2]
-    rows = re.findall(r"^  (req-\d+) ", table, re.M)
-    assert rows == ["req-051", "req-1001", *(f"req-{number:03}" for number in range(1, 49))]
-    assert f"\n  ... and 951 more in results/{run.results.name}\n" in table
-    assert list(run.final) == [f"req-{number:03}" for number in range(1, 1002)]
+    submissions = part(run.stdout, "Submitting 203 Requests", "Polling for Results")
+    assert sorted(submissions) == [
+        "    ? req-111: HTTP 500: perhaps",
+        "    ✗ req-007: HTTP 400: no",
+    ]
+    [answer] = part(run.stdout, "Polling for Results", "ASYNC GENERATION SUMMARY")
+    assert re.fullmatch(r"  \[ *\d+/201\] \|[█░]{30}\| \d+% ✗ req-203", answer)
+    _, rows = read_table(run.stdout)
+    without = ["req-007", "req-111", "req-203"]
+    succeeded = [f"req-{number:03}" for number in range(1, 203)]
+    assert list(rows) == [*without, *(name for name in succeeded if name not in without)][:50]
+    assert f"\n  ... and 153 more in results/{run.results.stem}.jsonl\n" in run.stdout
+    assert read_reasons(run.stdout) == {"no": 1, "HTTP 400: no": 1, "HTTP 500: perhaps": 1}
+    assert [row["custom_id"] for row in run.answers] == [*succeeded, "req-203"]
 
 
-def test_a_pipe_is_told_something_every_minute(example: Example) -> None:
-    path = example.folder / example.script
-    text = path.read_text("utf-8")
-    path.write_text(text.replace("MAX_SILENCE_SECONDS = 60", "MAX_SILENCE_SECONDS = 0.2"), "utf-8")
-    example.edit(POLL_INTERVAL_SECONDS=1.5)
-    example.api.seconds = (0.5, 0.5)
+# In a pipe, and the lines of a group's polls
+
+
+def test_a_pipe_is_told_how_far_it_is_again_and_again(example: Example) -> None:
+    example.edit(REPEAT_SECONDS=0.1, POLL_INTERVAL_SECONDS=0.2)
+    example.api.seconds = (1, 1)
     run = example.run()
     assert run.code == 0
-    assert re.search(r"^  ⏳ 0 running, 4 queued, 0:00:0\d$", run.stdout, re.M)
+    lines = re.findall(r"^  ⏳ (?:\d+ [a-z ]+, )+0:00:\d\d$", run.stdout, re.M)
+    assert len(lines) > 1
     assert "\r" not in run.stdout
+    assert "\x1b" not in run.stdout
+
+
+def bars(shown: str) -> list[tuple[str, str]]:
+    """The number of each poll that has a line, and the line."""
+    return re.findall(r"^  \[ *(\d+)\] (.*)$", shown, re.M)
+
+
+def test_a_poll_that_changes_nothing_adds_no_line(group: Example) -> None:
+    polls: list[int] = []
+
+    def at_last(shown: list[Json]) -> list[Json]:
+        polls.append(1)
+        if len(polls) < 4:
+            return []
+        running = {"state": "In Progress", "response": None}
+        return [generation | running for generation in shown] if len(polls) < 7 else shown
+
+    group.api.alter_list = at_last
+    assert bars(group.run().stdout) == [
+        ("1", f"|{'░' * 30}| 0/4 (0%) (⏳ 0 running, 4 queued)"),
+        ("4", f"|{'░' * 30}| 0/4 (0%) (⏳ 4 running, 0 queued)"),
+        ("7", f"|{'█' * 30}| 4/4 (100%)"),
+    ]
+
+
+def test_a_failed_poll_of_a_group_shows_its_reason(group: Example) -> None:
+    group.api.choose_fault = in_turn([status(500, REASON), status(500, REASON)])
+    run = group.run()
+    assert run.code == 0
+    [(number, reason), last] = bars(run.stdout)
+    assert number == "1"
+    assert reason.startswith("✗ HTTP 500: no request can be carried out")
+    assert reason.endswith("...")
+    assert last == ("3", f"|{'█' * 30}| 4/4 (100%)")
+    assert not too_wide(run.stdout)
 
 
 # On a terminal
@@ -400,12 +590,13 @@ class Terminal:
         self.screen = pyte.HistoryScreen(width, 24, history=5000, ratio=1)
         self.stream = pyte.Stream(self.screen)
         self.raw = ""
+        example.edit(REDRAW_SECONDS=0.05)
         example.api.new_runs += 1
         self.child = pexpect.spawn(
             sys.executable,
             [example.script],
             cwd=str(example.folder),
-            env={**os.environ, **example.environment, "COLUMNS": "200"},
+            env={**os.environ, **example.environment},
             dimensions=(24, width),
             encoding="utf-8",
             timeout=30,
@@ -433,109 +624,107 @@ class Terminal:
         ]
         return [*top, *(line.rstrip() for line in self.screen.display)]
 
+    @property
+    def printed(self) -> str:
+        """All lines as they were printed at last, without what was redrawn."""
+        lines = self.raw.split("\r\n")
+        return "\n".join(re.sub(r".*\r(?!$)", "", line).rstrip() for line in lines)
+
+
+LIVE_LINE = r"\r  ⏳ ([^\r]*), 0:00:\d\d"
+
 
 @posix
 @pytest.mark.parametrize("width", [80, 50])
-def test_a_live_line_while_it_waits(example: Example, width: int) -> None:
-    example.api.seconds = (3, 3)
-    example.edit(POLL_INTERVAL_SECONDS=0.2)
+def test_a_live_line_is_redrawn_in_place_while_a_call_waits(example: Example, width: int) -> None:
+    seen = threading.Event()
+    example.api.choose_fault = lambda request, body: None if is_submission(request) else until(seen)
+    example.edit(REQUEST_TIMEOUT_SECONDS=30)
     terminal = Terminal(example, width)
-    terminal.read_until(r"4 queued, 0:00:01")
-    assert "0 running, 4 queued, 0:00:01" in terminal.screen.display[terminal.screen.cursor.y]
-    terminal.read_until(r"[24] running, [02] queued")
-    code = terminal.finish()
-    assert code == 0
+    for _ in range(3):
+        terminal.read_until(r"\r  ⏳ 4 queued, 0:00:\d\d")
+        assert "⏳ 4 queued, 0:00:0" in terminal.screen.display[terminal.screen.cursor.y]
+    seen.set()
+    assert terminal.finish() == 0
     assert "\x1b" not in terminal.raw
-    assert not [line for line in terminal.lines if "queued, 0:" in line]
-    live = [part.rstrip("\n") for part in re.split(r"[\r\n]", terminal.raw) if "queued, 0:" in part]
-    assert live
+    assert not [line for line in terminal.lines if "⏳ 4 queued" in line]
+    live = [line for line in re.split(r"[\r\n]", terminal.raw) if re.match("  ⏳", line)]
     assert max(map(columns, live)) < width
     if width == 80:  # no line wraps: the screen has the very lines that were printed
-        printed = [re.sub(r".*\r(?!$)", "", line).rstrip() for line in terminal.raw.split("\r\n")]
-        assert [line for line in terminal.lines if line] == [line for line in printed if line]
+        printed = [line for line in terminal.printed.splitlines() if line]
+        assert [line for line in terminal.lines if line] == printed
 
 
 @posix
 def test_the_live_line_counts_the_submissions(example: Example) -> None:
-    arrived = threading.Event()  # the terminal has shown what was to be seen
-
-    async def wait(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        while not arrived.is_set():
-            await asyncio.sleep(0.01)
-        return await proceed()
+    seen = threading.Event()
 
     def choose(request: web.Request, body: Json) -> Fault | None:
-        is_polled = request.method == "GET"
-        return wait if not is_polled and custom_ids(body)[-1] in ("req-003", "req-004") else None
+        is_late = is_submission(request) and custom_ids(body)[-1] in ("req-003", "req-004")
+        return until(seen) if is_late else None
 
     example.api.choose_fault = choose
     example.edit(REQUEST_TIMEOUT_SECONDS=30)
+    expected = {"4 submitting"}
     if example.script == SINGLE:
         example.edit(MAX_CONCURRENT_POLLS=1)
+        expected = {"2 queued", "1 submitting", "1 not sent"}
     terminal = Terminal(example, 80)
-    terminal.read_until(r"⏳ [0-3]/4 submitted, 0:00:01")
-    assert "running" not in terminal.raw
-    arrived.set()
+    shown: set[str] = set()
+    while shown != expected:
+        terminal.read_until(LIVE_LINE)
+        shown = set(terminal.child.match[1].split(", "))
+    seen.set()
     assert terminal.finish() == 0
-
-
-@posix
-def test_wide_characters_keep_the_table_in_its_columns(example: Example) -> None:
-    example.api.alter = lambda shown: (
-        shown | {"response": {"choices": [{"message": {"content": NASTY["wide"]}}]}}
-    )
-    path = example.folder / example.script
-    questions = f"SAMPLE_QUESTIONS = [{NASTY['wide']!r}]\n\n\ndef build_request"
-    path.write_text(path.read_text("utf-8").replace("def build_request", questions, 1), "utf-8")
-    terminal = Terminal(example, 80)
-    assert terminal.finish() == 0
-    rows = [line for line in terminal.lines if re.match(r"  req-\d+ +✓", line)]
-    assert len(rows) == 4
-    assert all(columns(row.replace("\u200b", "")) <= 80 for row in rows)
-
-
-def test_combining_marks_keep_the_table_in_its_columns(example: Example) -> None:
-    hindi = "नमस्ते दुनिया"
-    path = example.folder / example.script
-    questions = f"SAMPLE_QUESTIONS = [{hindi!r}, 'Hello world']\n\n\ndef build_request"
-    path.write_text(path.read_text("utf-8").replace("def build_request", questions, 1), "utf-8")
-    example.api.alter = lambda shown: (
-        shown | {"response": {"choices": [{"message": {"content": "the answer"}}]}}
-    )
-    run = example.run()
-    rows = re.findall(r"^  req-\d+ +✓.*$", run.stdout, re.M)
-    assert len(rows) == 4
-    assert len([row for row in rows if hindi in row]) == 2
-    assert {columns(row.partition("the answer")[0]) for row in rows} == {55}
-
-
-@posix
-def test_trouble_is_told_in_the_live_line(example: Example) -> None:
-    example.api.choose_fault = lambda request, sent: (
-        status(500, "oh dear") if request.method == "GET" else None
-    )
-    example.edit(MAX_POLL_ATTEMPTS=12, POLL_INTERVAL_SECONDS=0.2)
-    terminal = Terminal(example, 80)
-    terminal.read_until("HTTP 500: oh dear")
-    assert terminal.finish() == 1
 
 
 @posix
 def test_the_live_line_is_gone_after_ctrl_c(example: Example) -> None:
-    example.api.seconds = (60, 60)
-    example.edit(MAX_POLL_ATTEMPTS=1000)
+    never = threading.Event()
+    example.api.choose_fault = lambda request, body: (
+        None if is_submission(request) else until(never)
+    )
+    example.edit(REQUEST_TIMEOUT_SECONDS=30)
     terminal = Terminal(example, 80)
-    terminal.read_until("4 queued, 0:00:01")
+    terminal.read_until(LIVE_LINE)
     terminal.child.sendintr()
     assert terminal.finish() == 130
-    assert not [line for line in terminal.lines if "queued, 0:" in line]
+    assert not [line for line in terminal.lines if re.match("  ⏳", line)]
     assert [line for line in terminal.lines if "Not complete: 4 pending" in line]
 
 
-def test_a_poll_that_finds_nothing_final_adds_no_line(group: Example) -> None:
-    group.api.seconds = (2, 2)
-    group.edit(POLL_INTERVAL_SECONDS=0.1)
-    bars = re.findall(r"^  \[ *(\d+)\] .* ([04])/4 ", group.run().stdout, re.M)
-    assert [done for _, done in bars] == ["0", "4"]
-    assert int(bars[0][0]) == 1
-    assert int(bars[1][0]) > 10
+LONG_ANSWER = "This answer has sixty four columns, of which the last ends here."
+
+
+@posix
+@pytest.mark.parametrize(("width", "answer"), [(50, 25), (60, 25), (80, 25), (120, 65), (200, 145)])
+def test_the_table_takes_what_the_terminal_has(single: Example, width: int, answer: int) -> None:
+    names = {"a" * 24: "a" * 24, "b" * 25: "b" * 21 + "...", "c": "c"}
+    ask(single, dict.fromkeys(names, "What is the capital of France?"))
+    single.api.alter = lambda shown: with_text(shown, LONG_ANSWER)
+    terminal = Terminal(single, width)
+    assert terminal.finish() == 0
+    widths, rows = read_table(terminal.printed)
+    assert widths == [24, 10, 16, answer]
+    shown = LONG_ANSWER if answer >= len(LONG_ANSWER) else "This answer has sixty..."
+    cells = ["✓ Success", "What is the...", shown]
+    assert rows == {name: cells for name in names.values()}  # noqa: C420
+    rules = re.findall("^=+$", terminal.printed, re.M)
+    assert set(map(len, rules)) == {min(width, 80)}
+    above, _, table = terminal.printed.partition("  ID ")
+    assert not too_wide(above)
+    assert max(map(columns, table.splitlines())) <= max(width, 80)
+
+
+@posix
+def test_wide_letters_keep_the_table_in_its_columns_on_a_terminal(single: Example) -> None:
+    question = "東京は日本の首都です。人口はおよそ千四百万人です。"
+    ask(single, {"東京は日本の首都です": question, "plain": "What is 2 + 2?"})
+    single.api.alter = lambda shown: with_text(shown, f"+ {question}")
+    terminal = Terminal(single, 80)
+    assert terminal.finish() == 0
+    rows = [line for line in terminal.lines if "✓ Success" in line]
+    assert len(rows) == 2
+    for row in rows:
+        assert columns(row) <= 80
+        assert columns(row.partition("+ 東京")[0]) == 55

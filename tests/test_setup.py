@@ -2,295 +2,360 @@
 
 import asyncio
 import contextlib
-import errno
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from conftest import API_KEY, SINGLE, TOP, Example, load
+from conftest import API_KEY, GROUP, SCRIPTS, SINGLE, Example, faulty, in_turn, load, one_each
 from local_api import LocalApi, status
 
-BAD_CONSTANTS: list[tuple[str, Any]] = [
-    ("NUM_REQUESTS", 0),
-    ("NUM_REQUESTS", -1),
-    ("NUM_REQUESTS", "10"),
-    ("NUM_REQUESTS", None),
-    ("NUM_REQUESTS", 1_000_001),
-    ("POLL_INTERVAL_SECONDS", 0),
-    ("POLL_INTERVAL_SECONDS", -0.5),
-    ("POLL_INTERVAL_SECONDS", "1"),
-    ("POLL_INTERVAL_SECONDS", 1e300),
-    ("MAX_POLL_ATTEMPTS", 0),
-    ("MAX_CONCURRENT_POLLS", 0),
-    ("MAX_CONCURRENT_POLLS", -1),
-    ("REQUEST_TIMEOUT_SECONDS", 0),
-    ("REQUEST_TIMEOUT_SECONDS", -30),
-    ("REQUEST_TIMEOUT_SECONDS", None),
-    ("REQUEST_TIMEOUT_SECONDS", 10**12),
-    ("RESULTS_DIR", "a file/inside"),
-    ("RESULTS_DIR", "a file"),
-    ("RESULTS_DIR", "no\0name"),
-    ("RESULTS_DIR", None),
-]
-BAD_ENVIRONMENT: list[tuple[str, str | None]] = [
-    ("INFERENCE_API_KEY", None),
-    ("INFERENCE_API_KEY", ""),
-    ("INFERENCE_API_KEY", " \n"),
-    ("INFERENCE_API_KEY", "sk-sécret"),
-    ("INFERENCE_API_KEY", "sk-sec\nret"),
-    ("INFERENCE_API_KEY", "sk-sec\x7fret"),
-    ("INFERENCE_API_KEY", "sk-“quoted”"),
-    ("INFERENCE_BASE_URL", ""),
-    ("INFERENCE_BASE_URL", "api.inference.net/v1"),
-    ("INFERENCE_BASE_URL", "ftp://127.0.0.1/v1"),
-    ("INFERENCE_BASE_URL", "file:///etc/passwd"),
-    ("INFERENCE_BASE_URL", "http://"),
-    ("INFERENCE_BASE_URL", "https://"),
-    ("INFERENCE_BASE_URL", "https:///v1"),
-    ("INFERENCE_BASE_URL", "http://api.inference.net/v1"),
-    ("INFERENCE_BASE_URL", "http://10.0.0.1/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1.example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://localhost.example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://localhost@example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1:80@example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://example.com\\@127.0.0.1/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1#@example.com/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1:123456/v1"),
-    ("INFERENCE_BASE_URL", "http://127.0.0.1:port/v1"),
-    ("INFERENCE_BASE_URL", "http://1270000000/v1"),
-    ("INFERENCE_BASE_URL", "http://127...1/v1"),
-    ("INFERENCE_BASE_URL", "https://[::1/v1"),
-    ("INFERENCE_BASE_URL", "https://api.inference.net/v1?key=1"),
-    ("INFERENCE_BASE_URL", "https://user:password@api.inference.net/v1"),
-    ("INFERENCE_BASE_URL", "https://api.inference.net /v1"),
-]
+# Mistakes in the configuration, found by main in this process
 
 
-def check_refused(example: Example, name: str, *arguments: str) -> str:
-    """Run it: it names what is wrong in a line, and sends nothing."""
-    run = example.run(*arguments)
-    assert run.code == 2
-    assert run.stdout == ""
-    assert name in run.stderr
-    assert len(run.stderr.splitlines()) == 1, run.stderr
-    assert not example.api.calls
-    return run.stderr
+@pytest.fixture(params=SCRIPTS)
+def module(
+    request: pytest.FixtureRequest, tmp_path: Path, api: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> types.ModuleType:
+    """Each of the two scripts, imported, in an empty folder and with the local API."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [request.param])
+    for name, value in api.environment.items():
+        monkeypatch.setenv(name, value)
+    return load(request.param)
 
 
 @pytest.fixture
-def module(single: Example, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The script that submits one by one, imported, in the folder where it runs."""
-    monkeypatch.chdir(single.folder)
-    for name, value in single.environment.items():
-        monkeypatch.setenv(name, str(value))
-    return load(single.script, single.folder)
+def find_mistake(
+    module: types.ModuleType, api: LocalApi, capsys: pytest.CaptureFixture[str]
+) -> Callable[[], str]:
+    """Return a function that runs main, which ends before anything is sent and says why."""
+
+    def run_main() -> str:
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        shown = capsys.readouterr()
+        assert ended.value.code == 2
+        assert shown.out == ""
+        [line] = shown.err.splitlines()
+        assert line.startswith(f"{sys.argv[0]}: ")
+        assert not api.calls
+        assert not Path("results").exists()
+        return line
+
+    return run_main
 
 
-def mistake(module: types.ModuleType) -> str:
-    """Do what main does before anything is sent: the mistake that ends it, which is a line."""
-    try:
-        module.check_configuration()
-        module.open_run(None, False)
-    except (OSError, ValueError, TypeError) as error:  # what main tells in a line
-        text = str(error)
-    else:
-        pytest.fail("no mistake was found")
-    assert len(text.splitlines()) == 1
-    return text
+WHOLE_NUMBERS = ("NUM_REQUESTS", "MAX_TOKENS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS")
+SECONDS = ("POLL_INTERVAL_SECONDS", "REQUEST_TIMEOUT_SECONDS")
+NO_NUMBERS = ["ten", "1", None, 0, -1, float("nan"), float("inf"), 1_000_001]
+BAD_CONSTANTS: list[tuple[str, Any]] = [
+    *((name, value) for name in WHOLE_NUMBERS for value in [*NO_NUMBERS, 2.5]),
+    *((name, value) for name in SECONDS for value in [*NO_NUMBERS, -0.5]),
+    *(("RESULTS_DIR", value) for value in (None, 7, b"results", Path("results"))),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_CONSTANTS, ids=map(str, BAD_CONSTANTS))
-def test_a_constant_that_makes_no_sense(
-    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+def test_a_constant_that_can_not_be_used_is_named_with_its_value(
+    find_mistake: Callable[[], str],
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: Any,
+) -> None:
+    is_missing = name == "MAX_CONCURRENT_POLLS" and module.__name__ == Path(GROUP).stem
+    assert hasattr(module, name) != is_missing
+    if not is_missing:
+        monkeypatch.setattr(module, name, value)
+        error = find_mistake()
+        assert f" {name} must be " in error
+        assert error.endswith(f", not {value!r}")
+
+
+def test_a_mistake_ends_the_process_with_2(example: Example) -> None:
+    example.edit(NUM_REQUESTS="ten")
+    run = example.run()
+    assert run.code == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith(f"{example.script}: NUM_REQUESTS must be ")
+    assert run.stderr.endswith(", not 'ten'\n")
+    assert not (example.folder / "results").exists()
+
+
+RESULTS_FOLDERS = ["a file", "a file/inside"]
+if sys.platform == "linux":  # nobody can make a file there
+    RESULTS_FOLDERS += ["/proc", "/proc/inside"]
+
+
+@pytest.mark.parametrize("folder", RESULTS_FOLDERS)
+def test_a_results_folder_that_can_not_be_written_is_named(
+    find_mistake: Callable[[], str],
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
 ) -> None:
     Path("a file").write_text("")
-    monkeypatch.setattr(module, name, value)
-    error = mistake(module)
-    if name.endswith("_SECONDS") and not isinstance(value, (int, float)):
-        assert type(value).__name__ in error  # Python's own words
-    elif name != "RESULTS_DIR":
-        assert "NUM_REQUESTS" in error
-        assert repr(value) in error
-    elif value not in (None, "no\0name"):
-        assert value in error
+    monkeypatch.setattr(module, "RESULTS_DIR", folder)
+    assert str(Path(folder)) in find_mistake().replace("\\\\", "\\")  # Windows shows a repr
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("NUM_REQUESTS", 0), ("RESULTS_DIR", "a file"), ("RESULTS_DIR", None)],
-    ids=["ValueError", "OSError", "TypeError"],
-)
-def test_a_constant_that_makes_no_sense_is_told(single: Example, name: str, value: Any) -> None:
-    (single.folder / "a file").write_text("")
-    single.edit(**{name: value})
-    check_refused(single, "(0, " if value == 0 else value or "")
+BAD_QUESTIONS: list[tuple[Any, list[str]]] = [
+    (None, ["load_questions", "None"]),
+    ({}, ["load_questions", "{}"]),
+    ([], ["load_questions", "[]"]),
+    (["Why?"], ["load_questions", "['Why?']"]),
+    ("Why?", ["load_questions", "'Why?'"]),
+    ({"my-1": "Why?", "my-2": 2}, ["load_questions", "'my-2'", " 2"]),
+    ({"my-1": None}, ["load_questions", "'my-1'", "None"]),
+    ({"my-1": "Why?", "": "How?"}, ["custom id", " ''"]),
+    ({1: "Why?"}, ["custom id", " 1 "]),
+    ({None: "Why?"}, ["custom id", " None "]),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("NUM_REQUESTS", 2.5),
-        ("NUM_REQUESTS", True),
-        ("POLL_INTERVAL_SECONDS", 0.01),
-        ("POLL_INTERVAL_SECONDS", True),
-        ("MAX_POLL_ATTEMPTS", 40.0),
-        ("REQUEST_TIMEOUT_SECONDS", 2.5),
-        ("REQUEST_TIMEOUT_SECONDS", 1_000_000),
-    ],
-)
-def test_a_number_of_another_kind_ends_well_or_is_refused(
-    example: Example, name: str, value: float
+@pytest.mark.parametrize(("questions", "words"), BAD_QUESTIONS, ids=lambda value: str(value)[:30])
+def test_questions_that_can_not_be_asked(
+    find_mistake: Callable[[], str],
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    questions: Any,
+    words: list[str],
 ) -> None:
-    example.edit(**{name: value})
-    run = example.run()
-    assert run.code in (0, 2), run.stdout
-    assert run.code == 0 or not example.api.calls
+    monkeypatch.setattr(module, "load_questions", lambda: questions)
+    error = find_mistake()
+    for word in words:
+        assert word in error
 
 
-@pytest.mark.parametrize("questions", [[], "Why?", ["Why?", 1], [1], None])
-def test_questions_that_are_none(
-    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, questions: Any
-) -> None:
-    monkeypatch.setattr(module, "SAMPLE_QUESTIONS", questions)
-    assert "SAMPLE_QUESTIONS" in mistake(module)
-
-
-METADATA = '"metadata": {"custom_id": custom_id}'
-BAD_REQUESTS = {
-    "no JSON": ('"max_tokens": 100,', '"max_tokens": {1, 2},'),
-    "a list": ("    return {\n", "    return [] and {\n"),
-    "nothing": ("    return {\n", "    return None and {\n"),
-    "no metadata": (METADATA, '"metadata": None'),
-    "no custom id": (METADATA, '"metadata": {}'),
-    "another custom id": (METADATA, '"metadata": {"custom_id": "mine-" + custom_id}'),
-    "a custom id that is no text": (METADATA, '"metadata": {"custom_id": 7}'),
+REPEATED = {"metadata": {"custom_id": "req-001"}}
+BAD_REQUESTS: dict[str, tuple[Any, list[str]]] = {
+    "nothing": (None, ["metadata.custom_id", "'req-001'"]),
+    "a list": ([REPEATED], ["metadata.custom_id", "'req-001'"]),
+    "no metadata": ({"model": "a"}, ["metadata.custom_id", "'req-001'"]),
+    "metadata that is nothing": ({"metadata": None}, ["metadata.custom_id", "'req-001'"]),
+    "no custom id": ({"metadata": {}}, ["metadata.custom_id", "'req-001'"]),
+    "another custom id": ({"metadata": {"custom_id": "mine"}}, ["'req-001'", "'mine'"]),
+    "a custom id that is no text": ({"metadata": {"custom_id": 1}}, ["'req-001'"]),
+    "a set, which JSON does not have": (REPEATED | {"stop": {"."}}, ["JSON"]),
+    "not a number, which JSON does not have": (REPEATED | {"top_p": float("nan")}, ["JSON"]),
 }
 
 
-def edit_build_request(example: Example, old: str, new: str) -> None:
-    """Edit a line of build_request, as a user does."""
-    # Only what is in build_request, which comes before everything else that could match.
-    path = example.folder / example.script
-    head, build_request, rest = path.read_text("utf-8").partition("def build_request")
-    assert old in rest
-    path.write_text(head + build_request + rest.replace(old, new, 1), "utf-8")
-
-
-@pytest.mark.parametrize(("old", "new"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
-def test_a_request_that_makes_no_sense(
-    example: Example, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+@pytest.mark.parametrize(("body", "words"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_a_request_that_can_not_be_sent(
+    find_mistake: Callable[[], str],
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    body: Any,
+    words: list[str],
 ) -> None:
-    monkeypatch.setenv("INFERENCE_API_KEY", API_KEY)
-    edit_build_request(example, old, new)
-    assert "JSON" in mistake(load(example.script, example.folder))
+    monkeypatch.setattr(module, "NUM_REQUESTS", 1)
+    monkeypatch.setattr(module, "build_request", lambda custom_id, question: body)
+    error = find_mistake()
+    for word in words:
+        assert word in error
 
 
-@pytest.mark.parametrize("case", ["no JSON", "no custom id"])
-def test_a_request_that_makes_no_sense_is_told(example: Example, case: str) -> None:
-    edit_build_request(example, *BAD_REQUESTS[case])
-    check_refused(example, "JSON")
+def test_more_than_a_group_holds(group: Example) -> None:
+    group.edit(NUM_REQUESTS=51)
+    run = group.run()
+    assert run.code == 2
+    for word in ("51", "50", "NUM_REQUESTS", SINGLE):
+        assert word in run.stderr
+    assert not group.api.calls
+    group.edit(NUM_REQUESTS=50)
+    assert group.run().code == 0
 
 
-def check_names_the_setting(error: str, name: str) -> None:
-    """Check that an error says which setting is wrong, and does not show the key."""
-    assert name in error
-    assert "sec" not in error
-    if name == "INFERENCE_API_KEY":
-        assert "set INFERENCE_API_KEY" in error
-        assert "https://inference.net" in error  # where keys come from
+# The environment
+
+BAD_KEYS = [None, "", " \n", "secrét", "sec\nret", "sec\x7fret", "“secret”", "my secret"]
+BAD_URLS = [
+    "secret.example.com/v1",
+    "ftp://secret/v1",
+    "file:///etc/secret",
+    "http://",
+    "https://",
+    "https:///secret",
+    "http://secret.example.com/v1",
+    "http://10.0.0.1/secret",
+    "http://127.0.0.1.secret.com/v1",
+    "http://localhost.secret.com/v1",
+    "http://localhost@secret.com/v1",
+    "http://127.0.0.1:80@secret.com/v1",
+    "http://secret.com\\@127.0.0.1/v1",
+    "http://127.0.0.1#@secret.com/v1",
+    "http://127.0.0.1:secret/v1",
+    "http://1270000000/secret",
+    "http://127...1/secret",
+    "https://[::1/secret",
+    "https://example.com/v1?api_key=secret",
+    "https://example.com/v1#secret",
+    "https://user:secret@example.com/v1",
+    "https://secret .example.com/v1",
+    "https://example.com/v1\nsecret",
+    "the-secret-key-that-belongs-into-the-other-variable",
+]
+BAD_ENVIRONMENT = [
+    *(("INFERENCE_API_KEY", value) for value in BAD_KEYS),
+    *(("INFERENCE_BASE_URL", value) for value in BAD_URLS),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_ENVIRONMENT, ids=map(repr, BAD_ENVIRONMENT))
-def test_an_environment_that_makes_no_sense(
-    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: str | None
+def test_a_variable_that_can_not_be_used_is_named_and_not_shown(
+    find_mistake: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str | None,
 ) -> None:
     if value is None:
         monkeypatch.delenv(name)
     else:
         monkeypatch.setenv(name, value)
-    read = module.api_key if name == "INFERENCE_API_KEY" else module.base_url
-    with pytest.raises(ValueError, match=name) as caught:
-        read()
-    assert mistake(module) == str(caught.value)
-    check_names_the_setting(str(caught.value), name)
+    error = find_mistake()
+    assert name in error
+    assert "sec" not in error
+    if name == "INFERENCE_API_KEY":
+        assert "https://inference.net" in error  # where keys come from
+    else:
+        assert "https://api.inference.net/v1" in error
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("INFERENCE_API_KEY", None),
-        ("INFERENCE_API_KEY", "sk-sec\nret"),
-        ("INFERENCE_BASE_URL", "http://api.inference.net/v1"),
-    ],
-)
-def test_an_environment_that_makes_no_sense_is_told(
-    single: Example, name: str, value: str | None
+def test_the_two_variables_swapped_do_not_show_the_key(
+    find_mistake: Callable[[], str], api: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    single.environment = single.environment | {name: value}  # type: ignore[dict-item]
-    check_names_the_setting(check_refused(single, name), name)
+    monkeypatch.setenv("INFERENCE_API_KEY", api.url)
+    monkeypatch.setenv("INFERENCE_BASE_URL", API_KEY)
+    error = find_mistake()
+    assert "INFERENCE_BASE_URL" in error
+    assert API_KEY not in error
 
 
-def test_a_group_and_a_resumed_run_need_a_key_as_well(example: Example) -> None:
-    example.environment = example.environment | {"INFERENCE_API_KEY": ""}
-    check_refused(example, "INFERENCE_API_KEY")
-    check_refused(example, "INFERENCE_API_KEY", "--resume")
+def test_a_resumed_run_needs_a_key_as_well(
+    find_mistake: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INFERENCE_API_KEY")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    assert "INFERENCE_API_KEY" in find_mistake()
 
 
-def test_more_than_a_group_holds(group: Example) -> None:
-    group.edit(NUM_REQUESTS=51)
-    error = check_refused(group, "NUM_REQUESTS")
-    assert "50" in error
-    assert SINGLE in error
-    group.edit(NUM_REQUESTS=50)
-    assert group.run().code == 0
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_an_address_it_is_the_usual_one(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.setenv("INFERENCE_BASE_URL", value or "")
+    if value is None:
+        monkeypatch.delenv("INFERENCE_BASE_URL")
+    assert module.Client().base_url == "https://api.inference.net/v1"
+
+
+def test_arguments_replace_the_environment(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = module.Client("another", "https://example.com/v2/")
+    assert (client.api_key, client.base_url) == ("another", "https://example.com/v2")
+    for name in ("INFERENCE_API_KEY", "INFERENCE_BASE_URL"):
+        monkeypatch.delenv(name)
+    assert module.Client("another").api_key == "another"
+    with pytest.raises(ValueError, match="INFERENCE_API_KEY"):
+        module.Client("")
+
+
+@pytest.mark.parametrize("key", [f"  {API_KEY}\n", f"{API_KEY}\r\n", f"\t{API_KEY}"])
+def test_white_space_round_the_key_is_stripped(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("INFERENCE_API_KEY", key)
+    assert module.Client().api_key == API_KEY
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_plain_http_to_this_machine_is_fine(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("INFERENCE_BASE_URL", f" http://{host}:8000/v1/ ")
+    assert module.Client().base_url == f"http://{host}:8000/v1"
+
+
+def test_settings_that_are_fine(example: Example, tmp_path: Path) -> None:
+    example.edit(RESULTS_DIR="~/kept/here", POLL_INTERVAL_SECONDS=0.01, MAX_POLL_ATTEMPTS=1_000_000)
+    example.edit(REQUEST_TIMEOUT_SECONDS=2.5, MAX_TOKENS=1_000_000)
+    home = tmp_path / "home"
+    home.mkdir()
+    example.environment = example.environment | {
+        "HOME": str(home),
+        "USERPROFILE": str(home),
+        "INFERENCE_API_KEY": f" {API_KEY}\n",
+        "INFERENCE_BASE_URL": f" http://localhost:{example.api.port}/v1/ ",
+    }
+    assert example.run().code == 0
+    assert sorted(path.suffix for path in home.glob("kept/here/async-*")) == [".db", ".jsonl"]
+    assert not (example.folder / "~").exists()
+
+
+def test_an_address_without_v1_is_named(example: Example) -> None:
+    url = example.api.url.removesuffix("/v1")
+    example.environment = example.environment | {"INFERENCE_BASE_URL": url}
+    run = example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Failed"}
+    for row in run.rows:
+        assert row["error"].startswith("HTTP 404: ")
+        assert "INFERENCE_BASE_URL" in row["error"]
+    assert "INFERENCE_BASE_URL" in run.stdout
+    assert not example.api.generations
+
+
+# The command line
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no-such-option"], ["what.jsonl"], ["--resume", "a", "b"], ["--submit"]],
+    [["--no-such-option"], ["a.db"], ["--resume", "a", "b"], ["--submit"], ["--submit=a"]],
+    ids=" ".join,
 )
-def test_usage_that_is_wrong(example: Example, arguments: list[str]) -> None:
-    run = example.run(*arguments)
-    assert run.code == 2
-    assert "usage:" in run.stderr
-    assert not example.api.calls
+def test_usage_that_is_wrong(
+    module: types.ModuleType,
+    api: LocalApi,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ")
+    assert not api.calls
+    assert not Path("results").exists()
 
 
 def test_help_fits_a_screen(example: Example) -> None:
+    example.environment = example.environment | {
+        "COLUMNS": "80",
+        "INFERENCE_API_KEY": "",  # help is there before a key is
+    }
     run = example.run("--help")
     assert run.code == 0
-    assert len(run.stdout.splitlines()) <= 24
-    assert max(map(len, run.stdout.splitlines())) <= 99
-    for word in ("--resume [FILE]", "--submit", "ended run"):
-        assert word in run.stdout
+    lines = run.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    text = " ".join(run.stdout.split())
+    for words in ("--resume [FILE]", "--submit", "INFERENCE_API_KEY", "INFERENCE_BASE_URL"):
+        assert words in text
+    assert "without FILE the newest that has something pending" in text
 
 
-@pytest.mark.parametrize("key", [f"  {API_KEY}\n", f"{API_KEY}\r\n", f"\t{API_KEY}"])
-def test_white_space_round_the_key_is_stripped(example: Example, key: str) -> None:
-    example.environment = example.environment | {"INFERENCE_API_KEY": key}
-    assert example.run().code == 0
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_plain_http_to_the_loopback_is_fine(example: Example, host: str) -> None:
-    url = f" http://{host}:{example.api.port}/v1/ "
-    example.environment = example.environment | {"INFERENCE_BASE_URL": url}
-    assert example.run().code == 0
-
-
-def test_a_proxy_never_sees_what_goes_to_the_loopback(example: Example) -> None:
-    proxy = f"http://127.0.0.1:{refused_port()}"
-    example.environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), proxy)
-    example.environment |= {"NO_PROXY": "", "no_proxy": ""}
-    assert example.run().code == 0
+# What requests would do on its own
 
 
 def test_a_netrc_entry_does_not_replace_the_key(example: Example) -> None:
@@ -301,16 +366,28 @@ def test_a_netrc_entry_does_not_replace_the_key(example: Example) -> None:
     assert example.run().code == 0
 
 
-def test_a_redirect_is_not_followed(example: Example) -> None:
+@pytest.mark.parametrize("polls", [False, True], ids=["submissions", "polls"])
+def test_a_redirect_is_not_followed(example: Example, polls: bool) -> None:
+    path = "generation/elsewhere" if polls else "async/chat/completions"
+    example.edit(MAX_POLL_ATTEMPTS=5)
     with LocalApi(seconds=(0, 0)) as elsewhere:
-        for code in (301, 302, 307, 308):
-            url = f"{elsewhere.url}/async/chat/completions"
-            example.api.choose_fault = lambda request, sent, c=code, u=url: status(c, Location=u)
-            assert example.run().code == 1
+        url = f"{elsewhere.url}/{path}"
+        faults = [status(code, Location=url) for code in (301, 302, 307, 308)]
+        if example.script == SINGLE:
+            example.api.choose_fault = one_each(example.api, faults, polls)
+        elif polls:
+            example.api.choose_fault = in_turn([*faults, faults[0]])
+        else:
+            example.api.choose_fault = faulty(faults[2], polls)
+        run = example.run()
+        assert run.code == 1
+        assert set(run.states.values()) == ({"Queued"} if polls else {"Failed"})
         assert not elsewhere.calls
 
 
-# Failing to connect, and TLS
+# Connections that fail, TLS and proxies, mostly in this process
+
+Outcome = tuple[str, str | None]
 
 
 def refused_port() -> int:
@@ -334,46 +411,74 @@ def unanswered_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def check_never_sent(example: Example, reason: str, **environment: str) -> None:
-    """Run it: nothing was accepted, surely, and the error has this reason in it."""
-    example.edit(NUM_REQUESTS=2, REQUEST_TIMEOUT_SECONDS=0.2, MAX_SUBMIT_ATTEMPTS=2)
-    example.environment = example.environment | environment
-    run = example.run()
-    assert run.code == 1
-    assert set(run.states.values()) == {"Not sent"}
-    assert reason in run.final["req-001"]["error"]
-    assert reason in run.stdout
-    assert "Not sent:       2" in run.stdout
-    assert not example.api.generations
+def submit_one(module: types.ModuleType, timeout_seconds: float = 5) -> Outcome:
+    """Submit a request where the environment leads; return its state and its error."""
+    client = module.Client(timeout_seconds=timeout_seconds)
+    record = module.new_record("my-1", "Why?")
+    with ThreadPoolExecutor(1) as pool, contextlib.suppress(module.NotAccepted, module.LockedOut):
+        list(module.submit_all(client, pool, [record], lambda records: None))
+    return record.state, record.error
+
+
+@pytest.fixture
+def impatient(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Each of the two scripts, with one attempt for a submission, so that nothing is waited for."""
+    monkeypatch.setattr(module, "MAX_SUBMIT_ATTEMPTS", 1)
+    return module
 
 
 def test_a_connection_that_is_refused(example: Example) -> None:
+    example.edit(NUM_REQUESTS=2, MAX_SUBMIT_ATTEMPTS=2)
     host = f"127.0.0.1:{refused_port()}"
-    reason = f"ConnectionError at {host}: [Errno {errno.ECONNREFUSED}] Connection refused"
-    check_never_sent(example, reason, INFERENCE_BASE_URL=f"http://{host}/v1")
+    example.environment = example.environment | {"INFERENCE_BASE_URL": f"http://{host}/v1"}
+    run = example.run()
+    assert run.code == 1
+    assert set(run.states.values()) == {"Not sent"}
+    error = run.final["req-001"]["error"]
+    assert "refused" in error
+    assert error.endswith(f" (ConnectionError at {host})")
+    assert f"\n      {error}\n" in run.stdout
+    assert "\n      Not sent:       2\n" in run.stdout
+    assert " --submit\n" in run.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a full backlog times out on Linux only")
-def test_a_connection_that_times_out(example: Example) -> None:
+def test_a_connection_that_times_out(
+    impatient: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with unanswered_port() as port:
-        url = f"http://127.0.0.1:{port}/v1"
-        check_never_sent(example, f"Timeout at 127.0.0.1:{port}: ", INFERENCE_BASE_URL=url)
+        monkeypatch.setenv("INFERENCE_BASE_URL", f"http://127.0.0.1:{port}/v1")
+        state, error = submit_one(impatient, timeout_seconds=0.2)
+    assert (state, error) == ("Not sent", f"timed out (ConnectTimeout at 127.0.0.1:{port})")
 
 
-def test_a_host_that_is_not_found(example: Example) -> None:
-    reason, url = "Error at no-such-host.invalid: ", "https://no-such-host.invalid/v1"
-    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://no-such-host.invalid/v1", " (ConnectionError at no-such-host.invalid)"),
+        ("https://127.0.0.1:99999/v1", " (InvalidURL at 127.0.0.1:99999)"),
+        ("http://127.0.0.1:123456/v1", " (InvalidURL at 127.0.0.1:123456)"),
+        ("https://127...1/v1", " at 127...1)"),
+    ],
+)
+def test_an_address_that_leads_nowhere(
+    impatient: types.ModuleType, monkeypatch: pytest.MonkeyPatch, url: str, reason: str
+) -> None:
+    monkeypatch.setenv("INFERENCE_BASE_URL", url)
+    state, error = submit_one(impatient)
+    assert state == "Not sent"
+    assert error
+    assert error.endswith(reason)
 
 
-def test_a_port_that_does_not_exist(example: Example) -> None:
-    reason, url = "InvalidURL at 127.0.0.1:99999: ", "http://127.0.0.1:99999/v1"
-    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
-
-
-def test_tls_where_there_is_none(example: Example) -> None:
-    url = example.api.url.replace("http:", "https:")
-    reason = f"SSLError at 127.0.0.1:{example.api.port}: "
-    check_never_sent(example, reason, INFERENCE_BASE_URL=url)
+def test_tls_where_there_is_none(
+    impatient: types.ModuleType, api: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERENCE_BASE_URL", api.url.replace("http:", "https:"))
+    state, error = submit_one(impatient)
+    assert state == "Not sent"
+    assert error
+    assert error.endswith(f" (SSLError at 127.0.0.1:{api.port})")
 
 
 # A name that has three addresses, of which the last is good, for want of a name server.
@@ -399,7 +504,7 @@ def test_two_dead_addresses_before_a_good_one(example: Example) -> None:
     assert example.submissions == (4 if example.script == SINGLE else 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     """A certificate authority that nobody knows."""
     return trustme.CA()
@@ -418,47 +523,55 @@ BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 @pytest.fixture
-def tls_example(example: Example, tls_api: LocalApi) -> Example:
+def tls_module(
+    impatient: types.ModuleType, tls_api: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> types.ModuleType:
     """Each script, led to the API behind TLS, with the system's idea of whom to trust."""
+    monkeypatch.setenv("INFERENCE_BASE_URL", tls_api.url)
+    for name in BUNDLES:
+        monkeypatch.delenv(name, raising=False)
+    return impatient
+
+
+def test_a_certificate_that_is_not_trusted(example: Example, tls_api: LocalApi) -> None:
     example.api = tls_api
     example.environment = tls_api.environment | dict.fromkeys(BUNDLES)  # type: ignore[operator]
-    return example
-
-
-def test_a_certificate_that_is_not_trusted(tls_example: Example) -> None:
-    run = tls_example.run()
+    run = example.run()
     assert run.code == 1
-    assert "certificate verify failed" in run.stdout
     assert set(run.states.values()) == {"Not sent"}
-    assert "SSLError" in run.final["req-001"]["error"]
-    attempts = [row["custom_id"] for row in run.rows if row["state"] == "Submitting"]
-    assert len(attempts) == len(set(attempts))  # none of them is tried again
-    assert not tls_example.api.calls
+    assert f" (SSLError at 127.0.0.1:{tls_api.port})" in run.final["req-001"]["error"]
+    assert "certificate verify failed" in " ".join(run.stdout.split())
+    assert len(tls_api.connections) == 0
+    assert not tls_api.calls
 
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_ca_bundle_of_ones_own(
-    tls_example: Example, authority: trustme.CA, name: str, tmp_path: Path
+    tls_module: types.ModuleType,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    tls_example.environment[name] = str(tmp_path / "ca.pem")
-    assert tls_example.run().code == 0
+    authority.cert_pem.write_to_path("ca.pem")
+    monkeypatch.setenv(name, str(Path("ca.pem").absolute()))
+    assert submit_one(tls_module) == ("Queued", None)
 
 
 @pytest.mark.parametrize("content", [None, b"no certificate"])
 def test_a_ca_bundle_that_is_none(
-    tls_example: Example, tmp_path: Path, content: bytes | None
+    tls_module: types.ModuleType,
+    tls_api: LocalApi,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
 ) -> None:
     if content:
-        (tmp_path / "ca.pem").write_bytes(content)
-    tls_example.edit(NUM_REQUESTS=1, MAX_SUBMIT_ATTEMPTS=2)
-    tls_example.environment["REQUESTS_CA_BUNDLE"] = str(tmp_path / "ca.pem")
-    run = tls_example.run()
-    assert run.code == 1
-    assert set(run.states.values()) == {"Not sent"}
-    error = run.final["req-001"]["error"]
+        Path("ca.pem").write_bytes(content)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(Path("ca.pem").absolute()))
+    state, error = submit_one(tls_module)
+    assert state == "Not sent"
+    assert error
     assert "ca.pem" in error or "SSLError" in error
-    assert not tls_example.api.calls
+    assert not tls_api.calls
 
 
 class Proxy:
@@ -499,43 +612,58 @@ class Proxy:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 
-def through(example: Example, proxy: str) -> None:
-    """Lead the script through a proxy."""
-    example.edit(NUM_REQUESTS=2, MAX_SUBMIT_ATTEMPTS=2)
-    example.environment |= {"HTTPS_PROXY": proxy, "NO_PROXY": "", "no_proxy": ""}
+@pytest.fixture
+def set_proxy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that leads what is https through a proxy."""
+
+    def set_variables(proxy: str) -> None:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, proxy)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "")
+
+    return set_variables
 
 
-def test_a_proxy_is_used(tls_example: Example, authority: trustme.CA, tmp_path: Path) -> None:
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    tls_example.environment["REQUESTS_CA_BUNDLE"] = str(tmp_path / "ca.pem")
+def test_a_proxy_is_used(
+    tls_module: types.ModuleType,
+    tls_api: LocalApi,
+    authority: trustme.CA,
+    set_proxy: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    authority.cert_pem.write_to_path("ca.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(Path("ca.pem").absolute()))
     with Proxy() as proxy:
-        through(tls_example, proxy.url)
-        assert tls_example.run().code == 0
-        assert set(proxy.asked) == {f"127.0.0.1:{tls_example.api.port}"}
+        set_proxy(proxy.url)
+        assert submit_one(tls_module) == ("Queued", None)
+        assert proxy.asked == [f"127.0.0.1:{tls_api.port}"]
 
 
-def test_a_proxy_that_refuses(tls_example: Example) -> None:
+def test_a_proxy_that_refuses(
+    tls_module: types.ModuleType, tls_api: LocalApi, set_proxy: Callable[[str], None]
+) -> None:
     with Proxy(b"407 Proxy Authentication Required") as proxy:
-        through(tls_example, proxy.url)
-        run = tls_example.run()
-    assert run.code == 1
-    assert "407" in run.final["req-001"]["error"]
-    assert set(run.states.values()) == {"Not sent"}
+        set_proxy(proxy.url)
+        state, error = submit_one(tls_module)
+    assert state == "Not sent"
+    assert error
+    assert "407" in error
+    assert not tls_api.calls
 
 
 @pytest.mark.parametrize(
     "proxy", ["nonsense://proxy", "http://", "http://127.0.0.1:1", "http://[::1", "http://:port"]
 )
-def test_a_proxy_that_is_none(tls_example: Example, proxy: str) -> None:
-    through(tls_example, proxy)
-    run = tls_example.run()
-    assert run.code == 1
-    assert set(run.states.values()) == {"Not sent"}
-    assert f" at 127.0.0.1:{tls_example.api.port}: " in run.final["req-001"]["error"]
-
-
-def test_the_local_api_is_given_a_command_that_is_not_found() -> None:
-    command = [sys.executable, str(TOP / "tests" / "local_api.py"), "nosuchcmd"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 127
-    assert run.stderr == "local_api.py: command not found: nosuchcmd\n"
+def test_a_proxy_that_is_none(
+    tls_module: types.ModuleType,
+    tls_api: LocalApi,
+    set_proxy: Callable[[str], None],
+    proxy: str,
+) -> None:
+    set_proxy(proxy)
+    state, error = submit_one(tls_module)
+    assert state == "Not sent"
+    assert error
+    assert error.endswith(f" at 127.0.0.1:{tls_api.port})")
+    assert not tls_api.calls

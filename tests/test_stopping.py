@@ -1,65 +1,111 @@
-"""Ends before the end, and coming back later: Ctrl-C, kills, a full disk, --resume."""
+"""Ends before the end, and coming back later: Ctrl-C, SIGTERM, kills, a full disk, --resume."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import os
 import re
-import runpy
+import secrets
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from time import sleep
 
 import pytest
-from conftest import GROUP, SINGLE, TOP, Example, Run, faulty
-from local_api import Fault, Json, Proceed, after, stall, status, web
+from conftest import GROUP, HANG_SECONDS, SCRIPTS, SINGLE, Example, Run, faulty, load, read_results
+from local_api import Fault, Json, LocalApi, Proceed, status, web
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
-
-PROMISE = "up to 2 s for ids on their way; Ctrl-C again ends now"
+STOPPING = "Stopping when what is being submitted has ended. Ctrl-C: now"
+UNKNOWN_REASON = "the program ended while it was being sent"
 
 
 class Gate:
-    """Notices when something arrives at the API, and holds it there until it is opened."""
+    """Lets so many calls of a method pass, and holds the others until it is opened.
+
+    They are held before they are carried out, or after, when only the answer is missing. arrived
+    is set when count of them are held. then is a fault that they meet instead of being held.
+    """
 
     def __init__(
-        self, method: str, count: int = 1, then: Fault | None = None, before: Fault | None = None
+        self,
+        method: str,
+        count: int = 1,
+        passing: int = 0,
+        is_carried_out: bool = False,
+        then: Fault | None = None,
     ) -> None:
-        self.method, self.count, self.then, self.before = method, count, then, before
-        self.arrived = threading.Event()
+        self.method, self.count, self.passing = method, count, passing
+        self.is_carried_out, self.then = is_carried_out, then
+        self.arrived, self.opened = threading.Event(), threading.Event()
 
     def __call__(self, request: web.Request, body: Json) -> Fault | None:
         if request.method != self.method:
             return None
+        self.passing -= 1
+        return None if self.passing >= 0 else self.meet
+
+    async def meet(self, request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        answer = await proceed() if self.is_carried_out else None
         self.count -= 1
         if self.count == 0:
             self.arrived.set()
-        return self.then if self.count <= 0 else self.before
+        if self.then:
+            return await self.then(request, proceed)
+        while not self.opened.is_set():
+            await asyncio.sleep(0.01)
+        return answer or await proceed()
 
 
-def interrupt(example: Example, gate: Gate, *arguments: str) -> Run:
-    """Run it until something has come to the gate, and press Ctrl-C."""
+def start(example: Example, gate: Gate, *arguments: str) -> subprocess.Popen[str]:
+    """Start it, and wait until the gate holds what it is to hold."""
     example.api.choose_fault = gate
     process = example.start(*arguments)
-    assert gate.arrived.wait(30)
-    process.send_signal(signal.SIGINT)
+    assert gate.arrived.wait(30), process.poll()
+    return process
+
+
+def interrupt(example: Example, gate: Gate, *arguments: str, number: int = signal.SIGINT) -> Run:
+    """Run it until something has come to the gate, press Ctrl-C, and see it end."""
+    process = start(example, gate, *arguments)
+    process.send_signal(number)
     run = example.finish(process)
-    assert run.code == 130, run.stderr
-    assert run.stderr == ""
-    assert run.stdout.count(f"\n  Stopping: {PROMISE}\n") == 1
-    assert "SUMMARY" in run.stdout
-    assert "Generation complete!" not in run.stdout
+    check_interrupted(run)
     example.api.choose_fault = lambda request, body: None
     return run
+
+
+def wait_until_it_says_so(process: subprocess.Popen[str]) -> None:
+    """Wait for the line about Ctrl-C while something is being submitted."""
+    assert process.stderr
+    said = process.stderr.readline() + process.stderr.readline()
+    assert said == f"\n  {STOPPING}\n"
+
+
+def check_interrupted(run: Run) -> None:
+    """Check what holds when one Ctrl-C has ended a run."""
+    assert run.code == 130, run.stderr
+    assert "SUMMARY" in run.stdout
+    assert "Generation complete!" not in run.stdout
+    assert "\n Not complete: " in run.stdout
+
+
+def check_answers(run: Run) -> None:
+    """Check that the .jsonl file has a line for each record on file, without its request."""
+    for row, answer in zip(run.rows, run.answers, strict=True):
+        del row["request"]
+        assert row == answer
 
 
 def counts(run: Run) -> dict[str, int]:
@@ -69,163 +115,16 @@ def counts(run: Run) -> dict[str, int]:
     return {name: int(count) for name, count in rows}
 
 
-def not_on_file(run: Run) -> set[str]:
-    """Return the ids that the user is asked to keep."""
-    return set(re.findall(r"^  Keep this id, which .* does not have: (.*)$", run.stdout, re.M))
-
-
-def table(run: Run, outcome: str) -> dict[str, str]:
-    """Return the requests that the table has with that outcome, each with its reason."""
+def table(run: Run, outcome: str) -> list[str]:
+    """Return the custom ids that the table has with that outcome."""
     _, _, below = run.stdout.partition("\n  Request-Response Correlation\n")
-    return dict(re.findall(rf"^  (req-\d+) +\S {outcome}.*\n(?: {{13}}(.*)\n)?", below, re.M))
+    return re.findall(rf"^  (req-\d+) +\S {outcome}", below, re.M)
 
 
-def test_ctrl_c_in_a_submission_that_stalls(example: Example) -> None:
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    run = interrupt(example, Gate("POST", 4 if example.script == SINGLE else 1, stall, stall))
-    assert set(run.states.values()) == {"Submitting"}
-    assert list(table(run, "Unknown").values()) == ["interrupted"] * 4
-    assert "\n Not complete: 4 unknown\n" in run.stdout
-
-
-def test_a_run_of_1200_that_is_interrupted_is_told_in_few_lines(single: Example) -> None:
-    single.edit(NUM_REQUESTS=1200, REQUEST_TIMEOUT_SECONDS=3600)
-    run = interrupt(single, Gate("POST", 105, then=stall))
-    assert sum(counts(run).values()) == 2 * 1200
-    assert len(run.stdout.partition("SUMMARY")[2].splitlines()) < 250
-    name = f"results/{run.results.name}"
-    assert f"\n  ... and 1150 more in {name}\n" in run.stdout
-    assert len(table(run, "Pending")) == 50  # the first 50 that have no answer
-    assert counts(run)["Not sent"] > 1000
-
-
-def test_ctrl_c_keeps_the_ids_that_arrive_after_it(example: Example) -> None:
-    example.edit(NUM_REQUESTS=20, REQUEST_TIMEOUT_SECONDS=3600)
-    example.api.delay_seconds = 1
-    process = example.start()
-    while not example.api.calls:
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    run = example.finish(process)
-    assert run.code == 130
-    states = Counter(run.states.values())
-    if example.script == SINGLE:
-        assert states["Queued"] >= 1
-        assert states["Queued"] + states["Not sent"] == 20
-    else:
-        assert states == {"Queued": 20}
-    assert len(example.api.generations) == states["Queued"]
-    example.api.delay_seconds = 0
-    resumed = example.run("--resume")
-    assert Counter(resumed.states.values())["Success"] == states["Queued"]
-    assert len(example.api.generations) == states["Queued"]
-    assert counts(resumed)["Total"] == 20
-    complete = example.run("--resume", str(run.results), "--submit")
-    assert complete.code == 0
-    assert set(complete.states.values()) == {"Success"}
-    assert len(example.api.generations) == 20
-
-
-def test_ctrl_c_during_a_long_retry_after(example: Example) -> None:
-    run = interrupt(example, Gate("POST", then=status(429, Retry_After="100")))
-    assert set(run.states.values()) == {"Not sent"}
-    assert len(example.api.generations) == 0
-
-
-def test_ctrl_c_between_polls(example: Example) -> None:
-    example.edit(POLL_INTERVAL_SECONDS=3600)
-    example.api.seconds = (10, 10)
-    run = interrupt(example, Gate("GET"))
-    assert set(run.states.values()) == {"Queued"}
-    example.edit(POLL_INTERVAL_SECONDS=0.05)
-    for generation in example.api.generations.values():
-        generation.dispatched = generation.finished = datetime.now(timezone.utc)
-    assert example.run("--resume").code == 0
-
-
-def test_ctrl_c_in_a_poll_that_stalls(example: Example) -> None:
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    run = interrupt(example, Gate("GET", then=stall))
-    assert "--resume" in run.stdout
-    assert example.run("--resume").code == 0
-
-
-def test_ctrl_c_while_resuming(example: Example) -> None:
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    interrupt(example, Gate("GET", then=stall))
-    interrupt(example, Gate("GET", then=stall), "--resume")
-    assert example.run("--resume").code == 0
-
-
-def test_a_second_ctrl_c_ends_at_once(example: Example) -> None:
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    gate = Gate("POST", 4 if example.script == SINGLE else 1, stall, stall)
-    example.api.choose_fault = gate
-    process = example.start()
-    assert gate.arrived.wait(30)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout
-    shown = ""
-    while PROMISE not in shown:  # is told before any wait
-        shown += process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    run = example.finish(process)
-    assert run.code == 130
-    assert "SUMMARY" not in run.stdout
-    assert set(run.states.values()) == {"Submitting"}
-    assert run.stderr.startswith("\n")  # the cursor stood behind ^C
-    assert run.stderr.endswith("\n")
-    assert f"results/{run.results.name}" in run.stderr
-
-
-KILLS = [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
-
-
-@pytest.mark.parametrize("number", KILLS)
-def test_a_kill_in_a_submission_leaves_it_unknown(single: Example, number: int) -> None:
-    single.edit(NUM_REQUESTS=10, MAX_CONCURRENT_POLLS=1, REQUEST_TIMEOUT_SECONDS=3600)
-    gate = Gate("POST", count=4, then=after(stall))
-    single.api.choose_fault = gate
-    process = single.start()
-    assert gate.arrived.wait(30)
-    process.send_signal(number)
-    run = single.finish(process)
-    assert run.code == -number
-    states = ["Queued"] * 3 + ["Submitting"] + ["Not sent"] * 6
-    assert list(run.states.values()) == states
-    single.api.choose_fault = lambda request, body: None
-    resumed = single.run("--resume")
-    assert resumed.code == 1
-    assert counts(resumed) == {"Successful": 3, "Failed": 0, "Unknown": 1, "Not sent": 6} | {
-        "Total": 10
-    }
-    assert "\n Not complete: 1 unknown, 6 not sent\n" in resumed.stdout
-    assert len(table(resumed, "Not sent")) == 6
-    assert len(single.api.generations) == 4
-    [command] = re.findall(r"--resume .* --submit", resumed.stdout)
-    submitted = single.run(*shlex.split(command))
-    assert submitted.code == 1
-    assert "\n Not complete: 1 unknown\n" in submitted.stdout
-    assert Counter(submitted.states.values()) == {"Success": 9, "Submitting": 1}
-    assert len(single.api.generations) == 10
-
-
-@pytest.mark.parametrize("number", KILLS)
-def test_a_kill_while_polling_loses_nothing(example: Example, number: int) -> None:
-    gate = Gate("GET", count=3, then=stall)
-    if example.script == GROUP:
-        gate.count = 1
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    example.api.choose_fault = gate
-    process = example.start()
-    assert gate.arrived.wait(30)
-    process.send_signal(number)
-    run = example.finish(process)
-    assert run.code == -number
-    assert {row["generation_id"] or row["group_id"] for row in run.final.values()} == paid(example)
-    example.api.choose_fault = lambda request, body: None
-    assert example.run("--resume").code == 0
-    assert len(example.api.generations) == 4
+def commands(shown: str) -> list[list[str]]:
+    """Return the arguments of the commands that a user is shown, to go on."""
+    lines = re.findall(r"^ *(uv run .* --resume .*)$", shown, re.M)
+    return [shlex.split(line)[3:] for line in lines]
 
 
 def paid(example: Example) -> set[str]:
@@ -233,22 +132,209 @@ def paid(example: Example) -> set[str]:
     return set(example.api.generations if example.script == SINGLE else example.api.groups)
 
 
-def test_a_kill_of_a_group_in_its_submission_leaves_all_of_it_unknown(group: Example) -> None:
+def on_file(run: Run) -> set[str]:
+    """Return the ids that the results file has of what was given out for money."""
+    key = "group_id" if "group_id" in run.rows[0] else "generation_id"
+    return {row[key] for row in run.rows} - {None}
+
+
+def shown_ids(run: Run) -> dict[str, str]:
+    """Return the ids that the user is asked to put on file, by custom id."""
+    lines = re.findall(r"^ +records\['(.+)'\]\.\w+_id = '(.+)'$", run.stdout, re.M)
+    return dict(lines)
+
+
+def run_shown_python(run: Run) -> None:
+    """Do what a user does who is shown ids that are not on file: run the Python, beside it."""
+    block = r"^ +from \w+ import Results\n.*?results\.save\(.*?\)$"
+    [code] = re.findall(block, run.stdout, re.M | re.S)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(command, cwd=run.folder, check=True, timeout=HANG_SECONDS)
+
+
+def put_on_file(example: Example, name: str, states: list[str]) -> Path:
+    """Put a results file there, with a request in each of these states, accepted by the API."""
+    module = load(example.script, example.folder)
+    path = example.folder / "results" / name
+    results = module.Results(path)
+    records = []
+    for number, state in enumerate(states, start=1):
+        records.append(module.new_record(f"req-{number:03}", "What do bees make?"))
+        records[-1].state = state
+    members = []
+    for record in records:
+        if record.state in ("Queued", "Success"):
+            generation = example.api.accept(record.request)
+            record.generation_id = generation.id
+            example.api.generations[generation.id] = generation
+            members.append(generation)
+    if example.script == GROUP:
+        group_id = secrets.token_urlsafe(16)[:21]
+        example.api.groups[group_id] = members
+        for record in records:
+            if record.generation_id:
+                record.group_id = group_id
+    results.save(records)
+    results.close()
+    example.api.new_runs += 1
+    return path
+
+
+def add(example: Example, code: str) -> None:
+    """Add code to the end of the script, before it is run."""
+    last = '\nif __name__ == "__main__":\n'
+    example.replace(last, f"{textwrap.dedent(code)}\n{last}")
+
+
+# Ctrl-C and SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_being_submitted_is_awaited(example: Example, number: int) -> None:
+    example.edit(NUM_REQUESTS=20, REQUEST_TIMEOUT_SECONDS=60)
+    under_way = 5 if example.script == SINGLE else 1
+    gate = Gate("POST", count=under_way)
+    process = start(example, gate)
+    process.send_signal(number)
+    wait_until_it_says_so(process)  # at once: what is being submitted is still held
+    gate.opened.set()
+    run = example.finish(process)
+    check_interrupted(run)
+    check_answers(run)
+    assert run.stderr == ""  # and nothing more
+    accepted = 5 if example.script == SINGLE else 20
+    assert Counter(run.states.values()) == Counter({"Queued": accepted, "Not sent": 20 - accepted})
+    assert len(example.api.generations) == accepted
+    assert on_file(run) == paid(example)
+    name = f"results/{run.results.name}"
+    both = [["--resume", name], ["--resume", name, "--submit"]]
+    assert commands(run.stdout) == (both if example.script == SINGLE else both[:1])
+    resumed = example.run("--resume")
+    assert Counter(resumed.states.values())["Success"] == accepted
+    assert counts(resumed)["Total"] == 20
+    assert len(example.api.generations) == accepted
+    complete = example.run("--resume", name, "--submit")
+    assert complete.code == 0
+    assert set(complete.states.values()) == {"Success"}
+    assert len(example.api.generations) == 20
+
+
+def test_a_submission_that_stalls_is_awaited_until_its_timeout(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=2)
+    run = interrupt(example, Gate("POST", count=4 if example.script == SINGLE else 1))
+    assert set(run.states.values()) == {"Unknown"}
+    assert {"imed out" in row["error"] for row in run.rows} == {True}
+    assert table(run, "Unknown") == list(run.states)
+    assert "\n Not complete: 4 unknown\n" in run.stdout
+    check_answers(run)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_at_once(single: Example, second: int) -> None:
+    single.edit(NUM_REQUESTS=10, MAX_CONCURRENT_POLLS=3, REQUEST_TIMEOUT_SECONDS=3600)
+    process = start(single, Gate("POST", count=3, passing=2))
+    process.send_signal(signal.SIGINT)
+    wait_until_it_says_so(process)
+    process.send_signal(second)
+    run = single.finish(process)
+    assert run.code == 130
+    assert "SUMMARY" not in run.stdout
+    assert Counter(run.states.values()) == {"Queued": 2, "Submitting": 3, "Not sent": 5}
+    assert "Unknown: perhaps accepted" in run.stderr
+    resume, submit = commands(run.stderr)  # for just this file
+    assert resume == ["--resume", f"results/{run.results.name}"]
+    assert submit == [*resume, "--submit"]
+    single.api.choose_fault = lambda request, body: None
+    resumed = single.run(*resume)
+    assert Counter(resumed.states.values()) == {"Success": 2, "Unknown": 3, "Not sent": 5}
+    submitted = single.run(*submit)
+    assert Counter(submitted.states.values()) == {"Success": 7, "Unknown": 3}
+    assert len(single.api.generations) == 7
+
+
+def test_a_second_ctrl_c_ends_the_submission_of_a_group(group: Example) -> None:
     group.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    gate = Gate("POST", then=after(stall))
-    group.api.choose_fault = gate
-    process = group.start()
-    assert gate.arrived.wait(30)
-    process.kill()
+    path = put_on_file(group, "partly.db", ["Queued", "Not sent", "Not sent"])
+    process = start(group, Gate("POST", is_carried_out=True), "--resume", str(path), "--submit")
+    process.send_signal(signal.SIGTERM)
+    wait_until_it_says_so(process)
+    process.send_signal(signal.SIGINT)
     run = group.finish(process)
-    assert set(run.states.values()) == {"Submitting"}
-    before = run.results.read_bytes()
-    for more in ([], ["--submit"]):
-        resumed = group.run("--resume", str(run.results), *more)
-        assert resumed.code == 1
-        assert "Unknown:        4" in resumed.stdout
-        assert run.results.read_bytes() == before
-    assert len(group.api.calls) == 1
+    assert run.code == 130
+    assert "SUMMARY" not in run.stdout
+    assert "Unknown: perhaps accepted" in run.stderr
+    assert list(run.states.values()) == ["Queued", "Submitting", "Submitting"]
+    [resume] = commands(run.stderr)
+    assert resume == ["--resume", str(path)]
+    group.api.choose_fault = lambda request, body: None
+    resumed = group.run(*resume, "--submit")
+    assert list(resumed.states.values()) == ["Success", "Unknown", "Unknown"]
+    assert {row["error"] for row in resumed.rows} == {None, UNKNOWN_REASON}
+    assert group.submissions == 1
+
+
+def test_ctrl_c_during_a_long_retry_after(example: Example) -> None:
+    come_later = status(429, Retry_After="100")
+    gate = Gate("POST", count=4 if example.script == SINGLE else 1, then=come_later)
+    run = interrupt(example, gate)
+    assert set(run.states.values()) == {"Not sent"}
+    assert len(example.api.generations) == 0
+
+
+def test_a_poll_is_not_awaited(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
+    run = interrupt(example, Gate("GET"))
+    check_answers(run)
+    assert run.stderr == ""  # nothing is being submitted
+    assert commands(run.stdout) == [["--resume", f"results/{run.results.name}"]]
+    resumed = interrupt(example, Gate("GET"), "--resume", number=signal.SIGTERM)
+    assert resumed.stderr == ""
+    example.edit(POLL_INTERVAL_SECONDS=3600)
+    between_polls = interrupt(example, Gate("GET", then=status(404)), "--resume")
+    assert between_polls.stderr == ""
+    assert set(between_polls.states.values()) == {"Queued"}
+    assert example.run("--resume").code == 0
+
+
+def test_the_results_file_is_whole_when_ctrl_c_has_ended_a_run(example: Example) -> None:
+    # A user moves the .db file elsewhere, and knows of no other.
+    run = interrupt(example, Gate("GET"))
+    (example.folder / "elsewhere").mkdir()
+    moved = run.results.rename(example.folder / "elsewhere" / "moved.db")
+    assert [row["state"] for row in read_results(moved)] == ["Queued"] * 4
+    assert example.run("--resume", str(moved)).code == 0
+
+
+def test_a_run_of_1200_that_is_interrupted_is_told_in_few_lines(single: Example) -> None:
+    single.edit(NUM_REQUESTS=1200, REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("POST", count=5, passing=100)
+    process = start(single, gate)
+    process.send_signal(signal.SIGINT)
+    wait_until_it_says_so(process)
+    gate.opened.set()
+    run = single.finish(process)
+    check_interrupted(run)
+    check_answers(run)
+    assert Counter(run.states.values()) == {"Queued": 105, "Not sent": 1095}
+    assert counts(run) == {"Successful": 0, "Failed": 0, "Pending": 105, "Not sent": 1095} | {
+        "Total": 1200
+    }
+    assert len(run.stdout.partition("SUMMARY")[2].splitlines()) < 150
+    answers = run.results.with_suffix(".jsonl").name
+    assert f"\n  ... and 1150 more in results/{answers}\n" in run.stdout
+    assert len(table(run, "")) == 50  # the first 50 that have no answer
+
+
+def test_ctrl_c_while_a_run_is_opened(example: Example) -> None:
+    os.mkfifo(example.folder / "questions")
+    example.replace("    questions = {}\n", '    questions = {}\n    open("questions").read()\n')
+    process = example.start()
+    with open(example.folder / "questions", "w"):  # it has begun to read
+        process.send_signal(signal.SIGINT)
+        run = example.finish(process)
+    assert run.code == 130
+    assert run.stdout + run.stderr == ""
+    assert not example.api.calls
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a pipe is set as on Linux")
@@ -258,362 +344,784 @@ def test_a_screen_that_nobody_reads_holds_back_no_id(single: Example) -> None:
     single.edit(NUM_REQUESTS=100)
     outside, inside = os.pipe()
     fcntl.fcntl(inside, fcntl.F_SETPIPE_SZ, 4096)  # less than what the submissions print
+    gate = Gate("POST", passing=30)
+    single.api.choose_fault = gate
     process = single.start(stdout=inside)
     os.close(inside)
-    kept: set[str] = set()
-    while len(kept) < 100:
-        assert process.poll() is None
-        for path in single.folder.glob("results/*.jsonl"):
-            whole_lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
-            kept = {json.loads(line)["generation_id"] for line in whole_lines} - {None}
-    assert {method for method, _ in single.api.calls} == {"POST"}  # it is held up
+    assert gate.arrived.wait(30), process.poll()
+    gate.opened.set()
     process.send_signal(signal.SIGTERM)
-    assert single.finish(process).code == -signal.SIGTERM
+    while not list(single.folder.glob("results/*.jsonl")):  # then the summary is to be printed
+        assert process.poll() is None
+        sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    run = single.finish(process)
     os.close(outside)
-    assert kept == paid(single)
-    assert single.run("--resume").code == 0
+    assert run.code == 130
+    assert on_file(run) == paid(single)
+    assert [arguments[-1] for arguments in commands(run.stderr)][-1] == "--submit"
+    assert single.run("--resume", str(run.results), "--submit").code == 0
+    assert len(single.api.generations) == 100
 
 
-def pending_run(example: Example) -> Path:
-    """Return the results file of a run that has everything still to come."""
-    example.edit(MAX_POLL_ATTEMPTS=1)
+# Kills
+
+
+KILL = """
+    import itertools
+    number_of_saves = itertools.count(1)
+    save_unharmed = Results.save
+
+    def save(self, records):
+        number = next(number_of_saves)
+        moment = os.environ.get("KILL_AT")
+        if moment == f"before save {number}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_unharmed(self, records)
+        if moment == f"after save {number}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Results.save = save
+"""
+
+
+@dataclasses.dataclass
+class Step:
+    """A start of the script on the file that the last step has left, and where it is killed.
+
+    That is when a gate holds what it is to hold, or before or after a save, by its number in this
+    process: when the file is opened (and, of a new run, filled), when submit_all begins, before
+    and after each submission, after each answer.
+    """
+
+    when: str
+    states: dict[str, int]  # what the file has then
+    gate: Gate | None = None
+    save: str = ""
+    is_submitting: bool = True
+    workers: int = 1
+    is_after_a_look: bool = False  # at the dashboard, by the user
+
+
+def batches() -> dict[str, tuple[str, list[Step]]]:
+    """Return batches, each with its script and its steps; the last one ends by itself."""
+    one_by_one = [
+        Step(
+            "three have arrived, and none is carried out",
+            {"Submitting": 3, "Not sent": 9},
+            Gate("POST", count=3),
+            workers=3,
+        ),
+        Step(
+            "two are answered, and three carried out and not answered",
+            {"Unknown": 3, "Queued": 2, "Submitting": 3, "Not sent": 4},
+            Gate("POST", count=3, passing=2, is_carried_out=True),
+            workers=3,
+        ),
+        Step(
+            "one is about to be sent",
+            {"Unknown": 6, "Queued": 2, "Not sent": 4},
+            save="before save 3",
+        ),
+        Step(
+            "one is about to be sent, and that is on file",
+            {"Unknown": 6, "Queued": 2, "Submitting": 1, "Not sent": 3},
+            save="after save 3",
+        ),
+        Step(
+            "an id has arrived, and is not on file",
+            {"Unknown": 7, "Queued": 2, "Submitting": 1, "Not sent": 2},
+            save="before save 4",
+        ),
+        Step(
+            "an id has arrived, and is on file",
+            {"Unknown": 8, "Queued": 3, "Not sent": 1},
+            save="after save 4",
+        ),
+        Step(
+            "the second poll has arrived",
+            {"Unknown": 8, "Queued": 2, "Not sent": 1, "Success": 1},
+            Gate("GET", passing=1),
+            is_submitting=False,
+        ),
+        Step(
+            "an answer has arrived, and is not on file",
+            {"Unknown": 8, "Queued": 2, "Not sent": 1, "Success": 1},
+            save="before save 2",
+            is_submitting=False,
+        ),
+        Step("never", {"Unknown": 8, "Success": 4}),
+        Step("never", {"Success": 12}, is_after_a_look=True),
+    ]
+    as_a_group = [
+        Step("it is about to be sent", {"Not sent": 12}, save="before save 4"),
+        Step(
+            "it has been told to come later, and that is on file",
+            {"Not sent": 12},
+            Gate("POST", then=status(429)),
+            save="after save 4",
+        ),
+        Step("it has arrived, and is not carried out", {"Submitting": 12}, Gate("POST")),
+        Step("never", {"Unknown": 12}),
+        Step(
+            "it is carried out, and not answered",
+            {"Submitting": 12},
+            Gate("POST", is_carried_out=True),
+            is_after_a_look=True,
+        ),
+        Step("never", {"Unknown": 12}),
+        Step("a poll has arrived", {"Queued": 12}, Gate("GET"), is_after_a_look=True),
+        Step("the answers have arrived, and are not on file", {"Queued": 12}, save="before save 2"),
+        Step("never", {"Success": 12}),
+    ]
+    a_group_whose_id_arrives = [
+        Step("its id has arrived, and is not on file", {"Submitting": 12}, save="before save 5"),
+        Step("never", {"Unknown": 12}),
+        Step("never", {"Success": 12}, is_after_a_look=True),
+    ]
+    a_group_whose_id_is_on_file = [
+        Step("its id is on file", {"Queued": 12}, save="after save 5"),
+        Step("never", {"Success": 12}),
+    ]
+    return {
+        "one by one": (SINGLE, one_by_one),
+        "as a group": (GROUP, as_a_group),
+        "a group whose id arrives": (GROUP, a_group_whose_id_arrives),
+        "a group whose id is on file": (GROUP, a_group_whose_id_is_on_file),
+    }
+
+
+@pytest.mark.parametrize("name", batches())
+def test_a_batch_that_is_killed_again_and_again_is_answered_and_paid_for_once(
+    tmp_path: Path, api: LocalApi, name: str
+) -> None:
+    script, steps = batches()[name]
+    example = Example(script, tmp_path, api)
+    example.edit(NUM_REQUESTS=12, REQUEST_TIMEOUT_SECONDS=3600)
+    add(example, KILL)
+    arguments: list[str] = []
+    for step in steps:
+        if step.is_after_a_look:
+            look_at_the_dashboard(example, Path(example.folder, arguments[1]))
+        if script == SINGLE:
+            example.edit(MAX_CONCURRENT_POLLS=step.workers)
+        api.choose_fault = step.gate or (lambda request, body: None)
+        example.environment = api.environment | {"KILL_AT": step.save}
+        process = example.start(*arguments, *["--submit"][: bool(arguments) and step.is_submitting])
+        if step.gate and not step.save:
+            assert step.gate.arrived.wait(30), step
+            process.kill()
+        run = example.finish(process)  # which sees that nothing was made twice
+        assert (run.code == -signal.SIGKILL) == (step.when != "never"), (step, run)
+        assert Counter(run.states.values()) == step.states, step
+        made = {generation.custom_id for generation in api.generations.values()}
+        for row in run.rows:
+            if row["state"] == "Unknown":
+                assert row["error"] == UNKNOWN_REASON
+            if row["state"] in ("Queued", "Success"):
+                assert row["custom_id"] in made
+                assert {row["generation_id"], row.get("group_id")} & paid(example)
+        arguments = ["--resume", f"results/{run.results.name}"]
+    assert run.code == 0
+    assert len(api.generations) == 12
+    check_answers(run)
+
+
+def look_at_the_dashboard(example: Example, path: Path) -> None:
+    """Do what a user does about Unknown: note the ids that the API has given; free the others."""
+    results = load(example.script, example.folder).Results(path)
+    records = results.load()
+    for record in records:
+        if record.outcome != "Unknown":
+            continue
+        record.state = "Not sent"
+        for generation in example.api.generations.values():
+            if generation.custom_id == record.custom_id:
+                record.state = "Queued"
+                record.generation_id = generation.id
+                if example.script == GROUP:
+                    [record.group_id] = example.api.groups
+    results.save(records)
+    results.close()
+
+
+def test_a_terminal_that_is_closed_loses_nothing(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
+    process = start(example, Gate("GET"))
+    process.send_signal(signal.SIGHUP)
+    run = example.finish(process)
+    assert run.code == -signal.SIGHUP
+    assert on_file(run) == paid(example)
+    example.api.choose_fault = lambda request, body: None
+    assert example.run("--resume").code == 0
+    assert len(example.api.generations) == 4
+
+
+# Coming back later
+
+
+def test_polls_that_are_used_up(example: Example) -> None:
+    example.edit(MAX_POLL_ATTEMPTS=1, POLL_INTERVAL_SECONDS=6)
     example.api.choose_fault = faulty(status(404), polls=True)
     run = example.run()
-    example.api.choose_fault = lambda request, body: None
+    assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
-    return run.results
-
-
-DAMAGE: dict[str, tuple[Callable[[bytes], bytes], int]] = {  # what is done, lines told of
-    "torn at once": (lambda rows: rows + b"{", 0),
-    "torn in a text": (lambda rows: rows + b'{"custom_id": "req-001", "qu', 0),
-    "torn in a character": (lambda rows: rows + b'{"custom_id": "\xe2\x82', 0),
-    "a last line that is no row": (lambda rows: rows + b"null", 0),
-    "no last line break": (lambda rows: rows[:-1], 0),
-    "Windows line breaks": (lambda rows: rows.replace(b"\n", b"\r\n"), 0),
-    "blank lines": (lambda rows: rows.replace(b"\n", b"\n\n \n"), 0),
-    "a bad byte": (lambda rows: rows.replace(b"What", b"Wh\xfft", 1), 1),
-    "another's lines": (lambda rows: b'{"a": 1}\n[]\nhello\n1\n' + rows, 4),
-    "half a row": (lambda rows: rows[:100] + b"\n" + rows, 1),
-    "nested too deep": (lambda rows: b"[" * 100_000 + b"\n" + rows, 1),
-    "another's lines, and torn": (lambda rows: b"hello\n" + rows + b'{"custom_id', 1),
-}
-
-
-@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_puts_no_id_out_of_reach(
-    example: Example, damage: Callable[[bytes], bytes], told: int
-) -> None:
-    path = example.folder / "damaged.jsonl"
-    before = damage(pending_run(example).read_bytes())
-    path.write_bytes(before)
-    run = example.run("--resume", str(path))
-    assert run.code == 0, run.stderr
-    assert len(run.stderr.splitlines()) == (1 if told else 0)
-    assert not told or (f"{told} line" in run.stderr and path.name in run.stderr)
-    assert counts(run)["Successful"] == 4
-    end = before.rindex(b"\n") + 1
-    assert path.read_bytes()[:end] == before[:end]  # nothing but a torn line is gone
-    added = path.read_bytes()[end:].splitlines()
-    states = [json.loads(line)["state"] for line in added]
-    assert states == ["Queued"] * (len(states) - 4) + ["Success"] * 4
-    assert len(example.api.generations) == 4
+    told = " ".join(run.stdout.partition("Request-Response")[2].split())
+    assert re.search(
+        r"polls are used up: 1 of .*, in about 0\.1 minutes\. .* MAX_POLL_ATTEMPTS", told
+    )
+    assert "\n Not complete: 4 pending\n" in run.stdout
+    check_answers(run)
 
 
 def test_the_command_that_is_shown_resumes(example: Example) -> None:
     example.edit(RESULTS_DIR="it's a folder; with $HOME")
     example.edit(MAX_POLL_ATTEMPTS=1)
     example.api.choose_fault = faulty(status(404), polls=True)
-    shown = example.run()
-    [command] = re.findall(r"^ *(uv run .* --resume .*)$", shown.stdout, re.M)
+    shown = example.run().stdout
     example.api.choose_fault = lambda request, body: None
-    words = shlex.split(command)
+    [line] = re.findall(r"^ *(uv run .* --resume .*)$", shown, re.M)
+    words = shlex.split(line)
     assert words[:3] == ["uv", "run", example.script]
-    assert example.run(*words[3:]).code == 0
     as_the_shell_reads_it = subprocess.run(
-        ["sh", "-c", f'printf "%s\\n" {command}'], capture_output=True, text=True, check=True
+        ["sh", "-c", f'printf "%s\\n" {line}'], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert as_the_shell_reads_it == words
+    assert example.run(*words[3:]).code == 0
+
+
+@pytest.mark.parametrize("suffix", [".db", ".jsonl"])
+def test_resume_takes_either_name(example: Example, suffix: str) -> None:
+    path = put_on_file(example, "mine.db", ["Queued", "Success", "Not sent"])
+    resumed = example.run("--resume", str(path.with_suffix(suffix)))
+    assert resumed.code == 1
+    assert list(resumed.states.values()) == ["Success", "Success", "Not sent"]
+    assert re.search(r"^      Throughput: +-$", resumed.stdout, re.M)  # nothing was measured
+    check_answers(resumed)
 
 
 def test_with_nothing_pending_nothing_is_sent(example: Example) -> None:
-    run = example.run()
-    before = run.results.read_bytes()
-    sent = len(example.api.calls)
-    resumed = example.run("--resume", str(run.results))
+    path = put_on_file(example, "done.db", ["Success"] * 4)
+    resumed = example.run("--resume", str(path))
     assert resumed.code == 0
-    assert "Successful:     4" in resumed.stdout
-    assert re.search(r"^      Throughput: +0\.00 req/s$", resumed.stdout, re.M)
-    assert len(example.api.calls) == sent
-    assert run.results.read_bytes() == before
+    assert counts(resumed) == {"Successful": 4, "Failed": 0, "Total": 4}
+    assert re.search(r"^      Throughput: +-$", resumed.stdout, re.M)
     none = example.run("--resume")
     assert none.code == 2
-    assert "nothing to resume in results" in none.stderr
+    assert none.stdout == ""
+    assert none.stderr == f"{example.script}: nothing is pending in results\n"
+    assert not example.api.calls
 
 
 def test_resume_takes_the_newest_with_something_pending(example: Example) -> None:
-    older, newer = pending_run(example), pending_run(example)
-    finished = example.run()
-    (finished.results.parent / "async-zzz.jsonl").write_text("not ours")
-    finished.results.with_name(f"{newer.stem}x.jsonl").write_text("not ours")
-    assert example.run("--resume").code == 0
-    states = {json.loads(line)["state"] for line in newer.read_text().splitlines()}
-    assert "Success" in states
-    assert "Success" not in older.read_text()
+    prefix = "async-polling" if example.script == SINGLE else "async-group"
+    pending, later = f"{prefix}-20260102-000000-000000.db", f"{prefix}-20260103-000000-000000.db"
+    oldest = put_on_file(example, f"{prefix}-20260101-000000-000000.db", ["Queued"])
+    put_on_file(example, pending, ["Queued", "Not sent"])
+    put_on_file(example, later, ["Not sent", "Unknown"])
+    put_on_file(example, f"{prefix}-20260104-000000-000000.db", ["Success"])
+    put_on_file(example, "async-zzz-20260105-000000-000000.db", ["Queued"])  # of another name
+    run = example.run("--resume")
+    assert run.code == 1
+    assert f"Resuming: results/{pending}\n" in run.stdout
+    states = [row["state"] for row in read_results(example.folder / "results" / pending)]
+    assert states == ["Success", "Not sent"]
+    assert [row["state"] for row in read_results(oldest)] == ["Queued"]
+    [told] = run.stderr.splitlines()
+    assert f"results/{later} is newer" in told
+    assert "not sent" in told
 
 
-OTHER_FILES: dict[str, Any] = {
-    "empty": b"",
-    "blank": b"\n\n",
-    "only a torn line": b'{"custom_id": "req-001"',
-    "binary": bytes(range(256)) * 10,
-    "text": b"hello\nworld\n",
-    "other JSON Lines": b'{"a": 1}\n{"a": 2}\n',
-    "a JSON list": b"[]\n",
-    "numbers": b"1\n2\n",
-    "nested too deep": b"[" * 100_000 + b"\n",
+def test_the_file_of_an_earlier_version_is_refused(example: Example) -> None:
+    path = example.folder / "old.jsonl"
+    row = {"custom_id": "req-001", "question": "Why?", "generation_id": "abc", "state": "Queued"}
+    path.write_text(json.dumps(row) + "\n")
+    before = path.read_bytes()
+    for more in ([], ["--submit"]):
+        run = example.run("--resume", "old.jsonl", *more)
+        assert run.code == 2
+        assert run.stdout == ""
+        [told] = run.stderr.splitlines()
+        assert "an earlier version's .jsonl can't be resumed" in told
+    assert path.read_bytes() == before
+    assert [each.name for each in example.folder.glob("old*")] == ["old.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["nope.jsonl", "nope.db", "a folder"])
+def test_a_missing_file_is_said_to_be_missing(example: Example, name: str) -> None:
+    (example.folder / "a folder").mkdir()
+    before = sorted(example.folder.iterdir())
+    run = example.run("--resume", name)
+    assert run.code == 2
+    [told] = run.stderr.splitlines()
+    assert f"there is no {name.partition('.')[0]}" in told
+    assert sorted(example.folder.iterdir()) == before
+
+
+OTHER_FILES: dict[str, bytes] = {
+    "text": b"hello\nworld\n" * 100,
+    "a short text": b"hello\n",
+    "JSON Lines": b'{"custom_id": "req-001", "state": "Queued"}\n' * 100,
+    "binary": bytes(range(256)) * 100,
+    "half of SQLite's first line": b"SQLite format",
+    "SQLite's first line and nothing right": b"SQLite format 3\0" + b"\xff" * 4096,
 }
 
 
-@pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
-def test_no_other_file_is_resumed(example: Example, content: bytes) -> None:
-    path = example.folder / "other.jsonl"
-    path.write_bytes(content)
+def test_what_is_no_sqlite_file_is_refused(example: Example) -> None:
+    module = load(example.script, example.folder)
+    path = example.folder / "other.db"
+    for content in OTHER_FILES.values():
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            module.Results(path)
+        assert path.read_bytes() == content
+        assert [each.name for each in example.folder.glob("other*")] == ["other.db"]
     for more in ([], ["--submit"]):
-        run = example.run("--resume", "other.jsonl", *more)
+        run = example.run("--resume", "other.db", *more)
         assert run.code == 2
-        assert "nothing to resume in other.jsonl" in run.stderr
-        assert len(run.stderr.splitlines()) == 1
+        assert run.stdout == ""
+        [told] = run.stderr.splitlines()
+        assert "other.db" in told
         assert path.read_bytes() == content
     assert not example.api.calls
 
 
-def test_a_missing_file_is_said_to_be_missing(example: Example) -> None:
-    run = example.run("--resume", "nope.jsonl")
+def dump(path: Path) -> list[str]:
+    """Return all that an SQLite file holds."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+def test_the_other_scripts_file_is_refused(example: Example, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    [name] = set(SCRIPTS) - {example.script}
+    other = Example(name, tmp_path / "other", example.api)
+    path = put_on_file(other, "theirs.db", ["Queued", "Not sent"])
+    before = dump(path)
+    for more in ([], ["--submit"]):
+        run = example.run("--resume", str(path), *more)
+        assert run.code == 2
+        assert run.stdout == ""
+        [told] = run.stderr.splitlines()
+        assert name in told
+        assert str(path) in told
+    assert not example.api.calls
+    assert dump(path) == before  # as it was
+    assert other.run("--resume", str(path), "--submit").code == 0
+
+
+def test_another_programs_database_is_left_as_it_was(example: Example) -> None:
+    path = example.folder / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE bookmarks (url); INSERT INTO bookmarks VALUES (1);")
+    before = dump(path)
+    run = example.run("--resume", "other.db")
     assert run.code == 2
-    assert "No such file" in run.stderr
-    assert "nope.jsonl" in run.stderr
-    assert len(run.stderr.splitlines()) == 1
-    assert not (example.folder / "nope.jsonl").exists()
+    [told] = run.stderr.splitlines()
+    assert "other.db" in told
+    assert dump(path) == before
 
 
-@pytest.mark.parametrize("arguments", [["--submit"], ["--resume", "--submit"]])
-def test_submit_needs_the_name_of_a_file(example: Example, arguments: list[str]) -> None:
-    pending_run(example)
-    sent = len(example.api.calls)
-    run = example.run(*arguments)
-    assert run.code == 2
-    assert "--submit needs --resume FILE" in run.stderr
-    assert run.stdout == ""
-    assert len(example.api.calls) == sent
-
-
-def test_nothing_is_submitted_from_a_file_with_damaged_lines(example: Example) -> None:
-    example.api.choose_fault = faulty(status(402, "no credit"), polls=False)
-    path = example.run().results
-    path.write_bytes(path.read_bytes() + b"a row that may have said: sent\n")
-    sent = len(example.api.calls)
-    run = example.run("--resume", str(path), "--submit")
-    assert run.code == 2
-    assert "might pay twice" in run.stderr
-    assert len(example.api.calls) == sent
-    path.write_bytes(path.read_bytes().rpartition(b"a row")[0])
-    example.api.choose_fault = lambda request, body: None
-    assert example.run("--resume", str(path), "--submit").code == 0
-
-
-def test_the_other_scripts_file_and_a_folder_are_not_resumed(
-    single: Example, tmp_path: Path
-) -> None:
-    (tmp_path / "group").mkdir()
-    group = Example("async_group_example.py", tmp_path / "group", single.api)
-    ours = pending_run(group)
-    before = ours.read_bytes()
-    for path in (ours, ours.parent):
-        assert single.run("--resume", str(path)).code == 2
-    theirs = pending_run(single)
-    assert group.run("--resume", str(theirs)).code == 2
-    assert ours.read_bytes() == before
-
-
-def test_two_processes_do_not_overwrite_each_others_rows(single: Example) -> None:
-    single.edit(NUM_REQUESTS=40, MAX_CONCURRENT_POLLS=20, MAX_POLL_ATTEMPTS=1000)
-    single.api.seconds = (3600, 3600)
-    both = []
-    for arguments in ([], ["--resume"]):
-        both.append(single.start(*arguments))
-        while "Polling for Results" not in both[-1].stdout.readline():
-            assert both[-1].poll() is None
-    for generation in single.api.generations.values():  # all are done at once
-        generation.dispatched = generation.finished = datetime.now(timezone.utc)
-    runs = [single.finish(process) for process in both]
-    assert [run.code for run in runs] == [0, 0]
-    states = Counter(row["state"] for row in runs[0].rows)
-    assert states == {"Not sent": 40, "Submitting": 40, "Queued": 40, "Success": 80}
-
-
-def test_threads_do_not_tear_each_others_rows(tmp_path: Path) -> None:
-    module = runpy.run_path(str(TOP / SINGLE))
-    path = tmp_path / "rows.jsonl"
-    records = [module["Record"](f"req-{n}", "long " * 1000) for n in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda record: module["append_rows"](path, [record]), records))
-    kept, others = module["read_results"](path)
-    assert others == []
-    assert sorted(kept, key=str) == sorted(records, key=str)
-
-
-@pytest.mark.parametrize("size", [0, 100, 4000])
-def test_a_disk_that_is_full_from_the_start(example: Example, size: int) -> None:
-    example.edit(NUM_REQUESTS=20)
-    run = example.run(file_limit=size)
-    assert run.code == 2
-    assert run.stdout == ""
-    assert len(run.stderr.splitlines()) == 1
-    assert run.results.read_bytes() == b""
+def test_submit_needs_the_name_of_a_file(example: Example) -> None:
+    put_on_file(example, "mine.db", ["Queued", "Not sent"])
+    for arguments in (["--submit"], ["--resume", "--submit"]):
+        run = example.run(*arguments)
+        assert run.code == 2
+        assert "--submit needs --resume FILE" in run.stderr
+        assert run.stdout == ""
     assert not example.api.calls
 
 
-@pytest.mark.parametrize("share", [0.05, 0.35, 0.6, 0.9, 0.99])
+def test_a_second_process_at_a_file_in_use_is_refused(example: Example) -> None:
+    example.edit(NUM_REQUESTS=8, REQUEST_TIMEOUT_SECONDS=3600)
+    gate = Gate("POST")
+    first = start(example, gate)
+    [path] = example.folder.glob("results/*.db")
+    sent = len(example.api.calls)
+    name = f"results/{path.name}"
+    for arguments in (["--resume", name], ["--resume", name, "--submit"], ["--resume"]):
+        second = example.run(*arguments)
+        assert second.code == 2
+        assert second.stdout == ""
+        [told] = second.stderr.splitlines()
+        assert name in told
+        assert "another process has it open" in told
+    if example.script == GROUP:
+        assert len(example.api.calls) == sent
+    gate.opened.set()
+    assert example.finish(first).code == 0
+    assert len(example.api.generations) == 8
+
+
+def test_threads_can_save_at_the_same_time(tmp_path: Path) -> None:
+    for script in SCRIPTS:
+        module = load(script)
+        results = module.Results(tmp_path / f"{script}.db")
+        records = [module.new_record(f"req-{number}", "long " * 1000) for number in range(200)]
+        results.save(records)
+        for record in records:
+            record.state = "Success"
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda record, results=results: results.save([record]), records))
+        assert results.load() == records
+        results.close()
+        assert module.Results(results.path).load() == records
+
+
+# A full disk, and files that are gone
+
+
+def watch_file(example: Example) -> dict[str, list[int]]:
+    """Note how large SQLite's file is whenever a call arrives, by method."""
+    sizes: dict[str, list[int]] = {"POST": [], "GET": []}
+
+    def choose(request: web.Request, body: Json) -> None:
+        [path] = example.folder.glob("results/*-wal")
+        sizes[request.method].append(path.stat().st_size)
+
+    example.api.choose_fault = choose
+    example.run()
+    example.api.choose_fault = lambda request, body: None
+    return sizes
+
+
+@pytest.mark.parametrize("size", [0, 4000, 16_000, 24_000])
+def test_a_disk_that_is_full_from_the_start(example: Example, size: int) -> None:
+    example.edit(NUM_REQUESTS=20)
+    run = example.run(file_limit=size)
+    assert not example.api.calls
+    if run.code == 2:
+        assert run.stdout == ""
+        [told] = run.stderr.splitlines()
+        assert f"results/{run.results.name}" in told
+    else:  # the file could be opened
+        assert run.code == 1
+        assert counts(run)["Not sent"] == 20
+        assert f"results/{run.results.name}: " in run.stdout
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_a_disk_that_fills_up(single: Example, share: float) -> None:
     single.edit(NUM_REQUESTS=20)
-    rows = single.run().rows
-    start = sum(len(json.dumps(row)) + 1 for row in rows[:20])
-    before = set(single.api.generations)
-    run = single.run(file_limit=start + int(share * (len(rows_text(rows)) - start)))
-    assert run.code == 1
-    assert "\n  Stopping: " in run.stdout
-    assert "SUMMARY" in run.stdout
-    assert counts(run)["Total"] == 20
-    assert "Generation complete!" not in run.stdout
-    accepted = set(single.api.generations) - before
-    sent = {row["custom_id"] for row in run.rows if row["state"] == "Submitting"}
-    assert {single.api.generations[each].custom_id for each in accepted} <= sent
-    kept = {row["generation_id"] for row in run.rows} - {None}
-    assert not_on_file(run) == accepted - kept
-    pending = [row for row in run.final.values() if row["state"] == "Queued"]
-    assert not pending or f"--resume results/{run.results.name}\n" in run.stdout
-    made = len(single.api.generations)
-    resumed = single.run("--resume", f"results/{run.results.name}")
-    assert counts(resumed)["Total"] == 20
-    assert len(single.api.generations) == made
-    single.api.new_runs += 1
-    submitted = single.run("--resume", f"results/{run.results.name}", "--submit")
-    assert Counter(submitted.states.values())["Success"] == 20 - len(accepted - kept)
-    assert len(single.api.generations) == len(before) + 20
+    sizes = watch_file(single)
+    before = paid(single)
+    start, end = min(sizes["POST"]), max(sizes["GET"])
+    run = single.run(file_limit=start + int(share * (end - start)))
+    check_full_disk(single, run, before)
 
 
-def rows_text(rows: list[Json]) -> str:
-    """Return rows as the results file has them."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def test_a_disk_that_is_full_while_polling_hides_no_command(example: Example) -> None:
-    rows = example.run().rows
-    submitted = [row for row in rows if row["state"] != "Success"]
-    run = example.run(file_limit=len(rows_text(submitted)) + 10)
-    assert run.code == 1
-    assert "could not be recorded" not in run.stdout
-    [command] = re.findall(r" (--resume .*)$", run.stdout, re.M)
-    assert example.run(*shlex.split(command)).code == 0
-
-
-def test_ids_that_are_not_on_file_are_listed_uncut(single: Example) -> None:
-    single.edit(NUM_REQUESTS=60, MAX_CONCURRENT_POLLS=60)
-    rows = single.run().rows
-    single.api.generations.clear()
-    single.api.calls.clear()
-
-    async def wait_for_all(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        while len(single.api.calls) < 60:
-            await asyncio.sleep(0.01)
-        return await proceed()
-
-    single.api.choose_fault = lambda request, body: wait_for_all
-    size = len(rows_text([row for row in rows if row["state"] in ("Not sent", "Submitting")]))
-    run = single.run(file_limit=size)
-    assert run.code == 1
-    assert not_on_file(run) == set(single.api.generations)
-    assert len(single.api.generations) == 60
-
-
-def test_ids_are_shown_when_the_results_folder_is_deleted(example: Example) -> None:
-    example.edit(REQUEST_TIMEOUT_SECONDS=3600)
-    gate = Gate("GET", then=stall)
+def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(example: Example) -> None:
+    example.edit(NUM_REQUESTS=50, REQUEST_TIMEOUT_SECONDS=10)
+    at_once = 1
+    if example.script == SINGLE:
+        example.edit(MAX_CONCURRENT_POLLS=50)
+        at_once = 50
+    gate = Gate("POST", at_once)
     example.api.choose_fault = gate
     process = example.start()
     assert gate.arrived.wait(30)
-    shutil.rmtree(example.folder / "results")
-    process.send_signal(signal.SIGINT)
+    [path] = example.folder.glob("results/*-wal")
+    size = path.stat().st_size  # all are about to be sent, and none has come back
+    process.kill()
+    example.finish(process)
+    gate = Gate("POST", at_once)
+    example.api.choose_fault = gate
+    process = example.start(file_limit=size + 100)
+    assert gate.arrived.wait(30)
+    gate.opened.set()
     run = example.finish(process)
-    assert run.code == 130
-    assert not_on_file(run) == paid(example)
+    assert len(shown_ids(run)) == 50
+    check_full_disk(example, run, set())
 
 
-def test_a_full_disk_of_a_group(group: Example) -> None:
-    # Room for the rows of the submission, and for no more.
-    rows = [row for row in group.run().rows if row["state"] in ("Not sent", "Submitting")]
-    run = group.run(file_limit=len(rows_text(rows)) + 100)
+def check_full_disk(example: Example, run: Run, before: set[str]) -> None:
+    """Check a run of a new batch that a full disk has ended, and that all is well afterwards."""
+    made = len(example.api.generations)
+    total = len(run.rows)
     assert run.code == 1
-    assert set(run.states.values()) == {"Submitting"}
-    group_id = list(group.api.groups)[-1]
-    assert re.search(rf"^  .*: {group_id}$", run.stdout.partition("SUMMARY")[2], re.M)
+    assert counts(run)["Total"] == total
+    assert "complete!" not in run.stdout
+    assert f"results/{run.results.name}: " in run.stdout  # what could not be written
+    accepted = paid(example) - before
+    lost = shown_ids(run)
+    assert set(lost.values()) == accepted - on_file(run)
+    for custom_id, each in lost.items():
+        members = example.api.groups.get(each) or [example.api.generations[each]]
+        assert custom_id in {member.custom_id for member in members}
+    if lost:
+        run_shown_python(run)
+    assert on_file(run) == accepted
+    example.api.choose_fault = lambda request, body: None
+    resumed = example.run("--resume", f"results/{run.results.name}")
+    assert len(example.api.generations) == made
+    assert counts(resumed)["Successful"] == made - (total if before else 0)
+    submitted = example.run("--resume", f"results/{run.results.name}", "--submit")
+    assert submitted.code == 0
+    assert set(submitted.states.values()) == {"Success"}
+    assert len(example.api.generations) == total * (2 if before else 1)
 
 
-def test_a_disk_that_is_full_at_the_last_answer(example: Example) -> None:
-    size = example.run().results.stat().st_size
-    run = example.run(file_limit=size - 10)
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_disk_that_is_full_while_polling(example: Example, which: int) -> None:
+    if example.script == SINGLE:
+        example.edit(MAX_CONCURRENT_POLLS=1)
+    size = watch_file(example)["GET"][which]
+    run = example.run(file_limit=size + 100)
     assert run.code == 1
     assert "complete!" not in run.stdout
-    assert example.run("--resume", str(run.results)).code == 0
+    assert "\n Not complete: " in run.stdout
+    assert f"results/{run.results.name}: " in run.stdout
+    assert shown_ids(run) == {}
+    answered = 1 if example.script == SINGLE and which == 0 else 4
+    assert Counter(row["state"] for row in run.answers)["Success"] == answered
+    resume = ["--resume", f"results/{run.results.name}"]
+    assert commands(run.stdout) == ([resume] if answered < 4 else [])
+    assert example.run(*resume).code == 0
+    assert len(example.api.generations) == 8
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_the_folder_by_a_file(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.write_text("no folder")
+
+
+# What is done to the results file during a run, and whether it can be written again at the end
+LOSSES: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "deleted": (lambda path: path.unlink(), True),
+    "deleted with its folder": (lambda path: shutil.rmtree(path.parent), True),
+    "made unreadable": (lambda path: path.chmod(0), True),
+    "replaced by a folder": (replace_by_a_folder, False),
+    "its folder replaced by a file": (replace_the_folder_by_a_file, False),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_file_that_is_lost_while_polling_costs_no_answer(example: Example, loss: str) -> None:
+    lose, can_be_written = LOSSES[loss]
+    example.edit(REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("GET")
+    process = start(example, gate)
+    [path] = example.folder.glob("results/*.db")
+    lose(path)
+    gate.opened.set()
+    run = example.finish(process)
+    if can_be_written:
+        assert run.code == 0
+        assert "\n Generation complete!\n" in run.stdout
+        path.chmod(0o600)
+        assert set(run.states.values()) == {"Success"}
+        check_answers(run)
+        return
+    assert run.code == 1
+    assert "complete!" not in run.stdout
+    if path.is_dir():
+        lines = path.with_suffix(".jsonl").read_text("utf-8").splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert {answer["state"] for answer in answers} == {"Success"}
+        assert len({answer["response"] for answer in answers}) == 4
+        assert f"can't open results/{path.name}" in run.stdout
+    else:
+        assert set(shown_ids(run).values()) == paid(example)
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_ctrl_c_puts_all_on_file_again_that_was_deleted(example: Example, method: str) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate(method, count=4 if example.script == SINGLE else 1)
+    process = start(example, gate)
+    shutil.rmtree(example.folder / "results")
+    process.send_signal(signal.SIGINT)
+    if method == "POST":
+        wait_until_it_says_so(process)
+        gate.opened.set()
+    run = example.finish(process)
+    check_interrupted(run)
+    check_answers(run)
+    assert on_file(run) == paid(example)
+    assert shown_ids(run) == {}
+    example.api.choose_fault = lambda request, body: None
+    assert example.run("--resume", str(run.results), "--submit").code == 0
+    assert len(example.api.generations) == 4
+
+
+def start_in_shell(example: Example, line: str) -> subprocess.Popen[str]:
+    """Start the script as the last word of a line of the shell's."""
+    example.api.new_runs += 1
+    return subprocess.Popen(
+        ["sh", "-c", line.format(f"{shlex.quote(sys.executable)} {example.script}")],
+        cwd=example.folder,
+        env={**os.environ, **example.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_more_workers_than_file_descriptors_lose_no_id(single: Example) -> None:
+    import resource  # not on Windows
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))  # for the local API
+    single.edit(NUM_REQUESTS=300, MAX_CONCURRENT_POLLS=300, MAX_SUBMIT_ATTEMPTS=2)
+    single.edit(REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("POST")
+    single.api.choose_fault = gate
+    process = start_in_shell(single, "ulimit -n 256; exec {}")
+    assert process.stdout
+    while "Too many open files" not in process.stdout.readline():  # all others are under way
+        assert process.poll() is None
+    gate.opened.set()
+    run = single.finish(process)
+    assert run.code == 1
+    assert len(paid(single)) > 200
+    assert len(run.answers) == 300
+    assert on_file(run) | set(shown_ids(run).values()) == paid(single)
+    single.edit(MAX_CONCURRENT_POLLS=20)
+    submitted = single.run("--resume", str(run.results), "--submit")
+    assert submitted.code == 0
+    assert len(single.api.generations) == 300
+
+
+# Exceptions that nobody foresaw
+
+NO_THREAD = """
+    start_thread = Thread.start
+
+    def start(thread):
+        if threading.active_count() >= MOST:
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    threading.Thread.start = start
+"""
+
+
+def add_to_submissions(example: Example, code: str) -> None:
+    """Add code to the loop that shows the submissions."""
+    path = example.folder / example.script
+    loop = r"^( +)for \w+ in submit_all\(.*\):\n"
+    text, count = re.subn(loop, rf"\g<0>\1    {code}\n", path.read_text("utf-8"), flags=re.M)
+    assert count == 1
+    path.write_text(text, "utf-8")
+
+
+def end_with_traceback(example: Example, error: str) -> Run:
+    """Run it to an end with a traceback; before it stand the summary and the command."""
+    process = example.start(stderr=subprocess.STDOUT)
+    try:
+        shown, _ = process.communicate(timeout=HANG_SECONDS)
+    finally:
+        process.kill()
+    run = Run(process.returncode, shown, "", example.folder)
+    summary, _, traceback = shown.partition("Traceback")
+    assert run.code == 1
+    assert "SUMMARY" in summary
+    assert "\n Not complete: " in summary
+    assert error in traceback
+    assert commands(summary)
+    assert not commands(traceback)
+    return run
+
+
+def test_a_mistake_in_the_loop_that_shows_submissions(example: Example) -> None:
+    example.edit(NUM_REQUESTS=20)
+    add_to_submissions(example, "raise RuntimeError('nobody foresaw this')")
+    run = end_with_traceback(example, "nobody foresaw this")
+    check_answers(run)
+    assert on_file(run) == paid(example)
+    assert set(run.states.values()) <= {"Queued", "Not sent"}
+    sent = len(example.api.generations)
+    assert sent == 20 if example.script == GROUP else 1 <= sent <= 5
+
+
+def test_a_mistake_while_polling(example: Example) -> None:
+    method = "fetch_generation" if example.script == SINGLE else "fetch_group"
+    add(example, f"del Client.{method}")
+    run = end_with_traceback(example, "AttributeError")
+    check_answers(run)
+    assert on_file(run) == paid(example)
+    assert set(run.states.values()) == {"Queued"}
+
+
+def test_threads_that_cannot_be_started(example: Example) -> None:
+    # There are the main thread and the screen's, and in the single script three of five workers.
+    most = 5 if example.script == SINGLE else 2
+    example.edit(NUM_REQUESTS=20)
+    add(example, NO_THREAD.replace("MOST", str(most)))
+    run = end_with_traceback(example, "can't start new thread")
+    states = Counter(run.states.values())
+    assert len(paid(example) - on_file(run)) <= states["Unknown"]
+    if example.script == SINGLE:
+        assert states["Unknown"] <= 1  # the one that no thread was found for
+        assert states["Not sent"] >= 16
+    else:
+        assert states == {"Not sent": 20}
+    add(example, "threading.Thread.start = start_thread")
+    submitted = example.run("--resume", str(run.results), "--submit")
+    assert Counter(submitted.states.values())["Success"] == 20 - states["Unknown"]
+
+
+def test_a_mistake_in_build_request_for_one_row_sends_nothing(example: Example) -> None:
+    example.replace('"model": MODEL_ID,', '"model": {"req-001": MODEL_ID}[custom_id],')
+    process = example.start()
+    shown, told = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode != 0
+    assert shown == ""
+    assert "req-002" in told
+    assert not example.api.calls
+
+
+# An output that is closed
 
 
 def test_an_output_that_is_closed(example: Example) -> None:
-    environment = {**os.environ, **example.environment}
-    command = ["sh", "-c", f"{shlex.quote(sys.executable)} {example.script} >&-"]
-    done = subprocess.run(
-        command, cwd=example.folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0
-    assert done.stderr == ""
+    run = example.finish(start_in_shell(example, "{} >&-"))
+    assert run.code == 0
+    assert run.stderr == ""
+    check_answers(run)
+    assert set(run.states.values()) == {"Success"}
 
 
 @pytest.mark.parametrize("lines", [1, 12, 16, 25])
 def test_a_reader_that_goes_away_ends_it_quietly(example: Example, lines: int) -> None:
-    closed = threading.Event()  # only then are the polls answered, so that more is printed
-
-    async def wait(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        while not closed.is_set():
-            await asyncio.sleep(0.01)
-        return await proceed()
-
-    example.edit(NUM_REQUESTS=30)
-    example.api.choose_fault = lambda request, body: wait if request.method == "GET" else None
+    example.edit(NUM_REQUESTS=30, REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("GET")  # only then are the polls answered, so that more is printed
+    example.api.choose_fault = gate
     process = example.start()
     assert process.stdout
     for _ in range(lines):
         process.stdout.readline()
     process.stdout.close()
     process.stdout = None
-    closed.set()
+    gate.opened.set()
     run = example.finish(process)
     assert run.code == 1
-    accepted = {generation.custom_id for generation in example.api.generations.values()}
-    kept = {row["custom_id"] for row in run.rows if row["generation_id"] or row.get("group_id")}
-    assert kept == accepted
-    assert len(run.stderr.strip().splitlines()) <= 1
-    if "Queued" in run.states.values():
-        [arguments] = re.findall(r"uv run \S+ (--resume .*)$", run.stderr, re.M)
-        example.run(*shlex.split(arguments))
-        assert "Queued" not in run.states.values()
-        assert len(example.api.generations) == len(accepted)
+    assert on_file(run) == paid(example)
+    assert len(run.answers) == 30
+    assert not re.search("Error|Broken", run.stderr)
+    made = len(example.api.generations)
+    states = set(run.states.values())
+    name = f"results/{run.results.name}"
+    shown = commands(run.stderr)
+    assert (["--resume", name] in shown) == ("Queued" in states)
+    assert (["--resume", name, "--submit"] in shown) == ("Not sent" in states)
+    if "Queued" in states:
+        resumed = example.run("--resume", name)
+        assert Counter(resumed.states.values())["Success"] == made
+        assert len(example.api.generations) == made
 
 
 def test_a_reader_that_goes_away_when_all_is_done_is_told_nothing(example: Example) -> None:
     process = example.start()
     assert process.stdout
     while "SUMMARY" not in process.stdout.readline():
-        pass
+        assert process.poll() is None
     process.stdout.close()
     process.stdout = None
     run = example.finish(process)
@@ -621,11 +1129,11 @@ def test_a_reader_that_goes_away_when_all_is_done_is_told_nothing(example: Examp
     assert run.stderr.strip() == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_an_output_that_is_full(example: Example) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         run = example.run(stdout=full)
     assert run.code == 1
     assert "No space left" in run.stderr
+    assert commands(run.stderr) == [["--resume", f"results/{run.results.name}", "--submit"]]
     assert not example.api.generations
