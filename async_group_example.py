@@ -197,9 +197,7 @@ class Client:
         self.paused_until = 0.0  # Retry-After, in monotonic() time: see wait
         self.local = threading.local()  # each thread has a session of its own
         if not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError(
-                "set INFERENCE_API_KEY to your key (see https://inference.net)"
-            )
+            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
         if not re.fullmatch(
             URL, self.base_url, re.ASCII
         ):  # not shown, as it may hold the key
@@ -210,14 +208,10 @@ class Client:
 
     def submit_group(self, requests: list[Json]) -> str:
         """POST /v1/async/group/chat/completions: submit 1 to 50 requests; return the group's id."""
-        answer = self.call(
-            "POST", "/async/group/chat/completions", {"requests": requests}
-        )
+        answer = self.call("POST", "/async/group/chat/completions", {"requests": requests})
         group_id = answer.get("groupId")
         if not isinstance(group_id, str) or not re.fullmatch("[A-Za-z0-9_-]+", group_id):
-            raise Uncertain(
-                f"accepted, but the answer has no usable id: {str(answer)[:500]}"
-            )
+            raise Uncertain(f"accepted, but the answer has no usable id: {str(answer)[:500]}")
         return group_id
 
     def fetch_group(self, group_id: str) -> list[Json]:
@@ -236,27 +230,23 @@ class Client:
         upload = None
         if body is not None:
             upload = io.BytesIO(json.dumps(body).encode())
-        outer_error = sys.exc_info()[1]
         try:
             response = self.session().request(
                 method,
                 self.base_url + path,
                 data=upload,
-                auth=self.add_headers,
+                auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 stream=True,
             )
         except (OSError, ValueError, HTTPError) as error:
-            cause: BaseException | None = error
-            while (
-                cause and cause.__context__ is not outer_error
-            ):  # the first one says why
+            cause: BaseException = error
+            while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             host = urlsplit(self.base_url).netloc
-            reason = (
-                f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
-            )
+            reason = str(cause) or type(cause).__name__
+            reason += f" ({type(error).__name__} at {host})"
             # requests reads the upload only when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
             if may_have_been_sent:
@@ -290,7 +280,7 @@ class Client:
         return session
 
     def add_headers(self, request: PreparedRequest) -> PreparedRequest:
-        """Add the key to a request. requests calls this last: .netrc can't replace the key."""
+        """Add the key and the type of the content to a request."""
         request.headers["Authorization"] = f"Bearer {self.api_key}"
         request.headers["Content-Type"] = "application/json"
         return request
@@ -299,13 +289,11 @@ class Client:
         """Return what arrives of an answer until it ends, breaks off or takes too long."""
         deadline = monotonic() + self.timeout_seconds
         content = bytearray()
-        with suppress(
-            HTTPError
-        ):  # it broke off: what has arrived may still be a whole answer
+        # If it breaks off, what has arrived may still be a whole answer.
+        with suppress(HTTPError):
             while monotonic() < deadline:
-                chunk = response.raw.read1(
-                    decode_content=True
-                )  # waits only if nothing is there
+                # read1 returns what is there, and waits only if there is nothing.
+                chunk = response.raw.read1(decode_content=True)
                 if not chunk:
                     break
                 content += chunk
@@ -318,9 +306,8 @@ class Client:
         text = message or content[:500].decode(errors="replace") or response.reason
         reason = f"HTTP {status}: {text}"
         wait_seconds = 0.0
-        with suppress(
-            ValueError, OverflowError, HTTPError
-        ):  # it is neither seconds nor a date
+        # What is neither seconds nor a date is not obeyed.
+        with suppress(ValueError, OverflowError, HTTPError):
             wait_seconds = Retry().get_retry_after(response.raw) or 0
         if wait_seconds > 0:
             reason += f" (Retry-After: {int(wait_seconds)} s)"
@@ -361,7 +348,7 @@ NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
 UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
 NO_MATCH = "No match"  # a generation of a group that answers none of its questions
-# An outcome, not a state: accepted, and not final
+# Not a state, but an outcome: accepted, so that it has an id, and not final
 PENDING = "Pending"
 
 
@@ -375,9 +362,7 @@ class Record:
     group_id: str | None = None
     generation_id: str | None = None
     state: str = NOT_SENT
-    response: str | Json | None = (
-        None  # the answer's text, or the whole response if it is more
-    )
+    response: str | Json | None = None  # the text, or all of it if it is more than one text
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -387,7 +372,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """SUCCESS, FAILED, PENDING, UNKNOWN, NOT_SENT or NO_MATCH; SUBMITTING while it is sent."""
+        """The state in fewer words: what has an id and is not final is PENDING."""
         if self.state in (SUCCESS, FAILED, NOT_SENT, SUBMITTING, NO_MATCH):
             return self.state
         if self.group_id:
@@ -401,11 +386,9 @@ class Record:
         self.prompt_tokens = find(usage, int, "prompt_tokens")
         self.completion_tokens = find(usage, int, "completion_tokens")
         self.total_tokens = find(usage, int, "total_tokens")
-        self.finish_reason = find(
-            generation, str, "response", "choices", 0, "finish_reason"
-        )
+        self.finish_reason = find(generation, str, "response", "choices", 0, "finish_reason")
         self.response = answer_of(generation)
-        with suppress(ValueError, TypeError):  # a time is missing, or in another form
+        with suppress(ValueError, TypeError, OverflowError):  # a time is missing, or odd
             dispatched_at = parse_time(generation.get("dispatchedAt"))
             finished_at = parse_time(generation.get("finishedAt"))
             self.duration_ms = (finished_at - dispatched_at) / timedelta(milliseconds=1)
@@ -424,8 +407,8 @@ def answer_of(generation: Json) -> str | Json | None:
     choices = find(response, list, "choices") or [{}]
     message = find(choices, dict, 0, "message") or {}
     content = message.get("content")
-    others = {key for key, value in message.items() if value} - {"role", "content"}
-    is_one_text = isinstance(content, str) and len(choices) == 1 and not others
+    extras = {key for key, value in message.items() if value} - {"role", "content"}
+    is_one_text = isinstance(content, str) and len(choices) == 1 and not extras
     if is_one_text and not choices[0].get("logprobs"):
         return content
     return response
@@ -467,22 +450,21 @@ def mark_interrupted(records: Records) -> None:
 
 
 # One process at a time can have the file open. What was saved survives a kill of the program.
-# The trigger keeps a program that forgot to load its records from paying for them again.
+# The trigger: a program that forgets to load its records must not pay for them again.
 SCHEMA = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
-    CREATE TABLE IF NOT EXISTS group_requests (custom_id TEXT PRIMARY KEY, record TEXT NOT NULL);
-    CREATE TRIGGER IF NOT EXISTS keep_ids BEFORE UPDATE ON group_requests
-    WHEN old.record LIKE '%"group_id": "%' AND old.record NOT LIKE '%"state": "Failed"%'
-        AND new.record NOT LIKE '%"group_id": "%'
-    BEGIN
-        SELECT RAISE(ABORT, 'it has a record of this custom_id that was submitted: load() it');
-    END;
+    CREATE TABLE IF NOT EXISTS group_requests (
+        custom_id TEXT PRIMARY KEY, is_new INTEGER NOT NULL, record TEXT NOT NULL
+    );
+    CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON group_requests
+    WHEN new.is_new AND NOT old.is_new
+    BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 """
 UPSERT = """
-    INSERT INTO group_requests VALUES (?, ?)
-    ON CONFLICT (custom_id) DO UPDATE SET record = excluded.record
+    INSERT INTO group_requests VALUES (?, ?, ?)
+    ON CONFLICT (custom_id) DO UPDATE SET is_new = excluded.is_new, record = excluded.record
 """
 
 
@@ -503,9 +485,7 @@ class Results:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise OSError(
-                f"can't open {path}, or it is in use already: {error}"
-            ) from error
+            raise OSError(f"can't open {path}, or it is in use already: {error}") from error
         # Nobody else is using the file: what is Submitting was so when a program ended.
         interrupted = [record for record in self.load() if record.state == SUBMITTING]
         mark_interrupted(interrupted)
@@ -515,9 +495,7 @@ class Results:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Let no other thread in; commit at the end, or roll back."""
         if os.getpid() != self.process_id:  # SQLite can't be used across a fork
-            raise OSError(
-                f"{self.path} was opened by another process: open it in this one"
-            )
+            raise OSError(f"{self.path} was opened by another process: open it in this one")
         try:
             with self.lock, self.connection:
                 yield self.connection
@@ -527,7 +505,10 @@ class Results:
     def save(self, records: Iterable[Record]) -> None:
         """Put records on file, all of them or none. Each replaces the one with its custom id."""
         with self.transaction() as connection:
-            rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
+            rows = []
+            for record in records:
+                is_new = record.state == NOT_SENT and not record.error  # never submitted
+                rows.append((record.custom_id, is_new, json.dumps(vars(record))))
             connection.executemany(UPSERT, rows)
 
     def load(self) -> Records:
@@ -546,31 +527,35 @@ class Results:
 
 # --- The work: submit, then poll until final
 
-# A worker thread makes the calls, changes the records and saves them: an id is on file the moment
-# it arrives, whatever happens to the caller's thread. This hands out the work and looks on.
+# submit_all and poll_all hand out the work to a worker thread, and yield what has ended. The
+# worker calls the API, changes the records and saves them: an id is on file the moment it
+# arrives, whatever happens to the caller's thread. Both are iterators: nothing happens until
+# you iterate. To stop, leave the loop; an iterator with a name lives on, so close it, too.
 
 MAX_GROUP_SIZE = 50
 MAX_SUBMIT_ATTEMPTS = 5
-CHECK_SECONDS = (
-    0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
-)
+CHECK_SECONDS = 0.05  # how often the loops look up; on Windows, also for Ctrl-C
 Save = Callable[[Records], object]  # called in a worker thread
 
 
 # What has become of the requests of a group whose submission failed
-STATES = {Refused: FAILED, LockedOut: NOT_SENT, NotAccepted: NOT_SENT, Uncertain: UNKNOWN}
+STATES: dict[type[Exception], str] = {
+    Refused: FAILED,
+    LockedOut: NOT_SENT,
+    NotAccepted: NOT_SENT,
+    Uncertain: UNKNOWN,
+}
 
 
 def submit_all(
     client: Client, pool: Executor, records: Records, save: Save
 ) -> Iterator[Records]:
-    """Submit the records that are Not sent, 50 at most, as a group; yield them when that has ended.
+    """Submit the records that are Not sent, 50 at most, as a group; then yield them.
 
-    An iterator: nothing is sent until you iterate. If you leave the loop, or close the iterator,
-    what is under way ends first. save gets these records at the beginning, and before and after
-    each attempt. ValueError or TypeError: a record can't be sent, or there are too many. After an
-    error they are yielded, and then it is raised: LockedOut, NotAccepted after five attempts,
-    Uncertain, or what save has raised.
+    save gets these records at the beginning, and before and after each attempt. What is under
+    way ends even if you leave the loop. Raises ValueError or TypeError before anything is
+    sent, also for too many; after the records were yielded, LockedOut, NotAccepted (five
+    attempts), Uncertain, or what save raised.
     """
     check_records(records)
     unsent = [record for record in records if record.state == NOT_SENT]
@@ -581,7 +566,11 @@ def submit_all(
     save(unsent)  # whatever ends the program, the file has the whole job
     mark(unsent, SUBMITTING)  # another submit_all leaves them alone
     stop = Event()
-    future = pool.submit(submit_in_worker, client, unsent, save, stop)
+    try:
+        future = pool.submit(submit_in_worker, client, unsent, save, stop)
+    except Exception:  # the pool is shut down, or can't start a thread
+        mark(unsent, NOT_SENT)
+        raise
     try:
         while not future.done():
             wait([future], CHECK_SECONDS)
@@ -596,24 +585,24 @@ def submit_in_worker(client: Client, records: Records, save: Save, stop: Event) 
     """Submit a group. Try again only what surely was not accepted."""
     requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        error_before = records[0].error
+        last_error = records[0].error
         mark(
-            records, SUBMITTING
+            records, SUBMITTING, last_error
         )  # before the wait: nobody else may submit them meanwhile
-        if not client.wait(backoff_seconds(attempt), stop):
-            mark(records, NOT_SENT, error_before)
+        if not client.wait(backoff_seconds(attempt), stop):  # stopped
+            mark(records, NOT_SENT, last_error)
             return
         try:
             save(records)
         except Exception:  # what can't be put on file is not sent
-            mark(records, NOT_SENT)
+            mark(records, NOT_SENT, last_error)
             raise
         try:
             group_id = client.submit_group(requests)
             mark(records, QUEUED, group_id=group_id)
-        except ApiError as error:
+        except Exception as error:
             mark(records, STATES.get(type(error), UNKNOWN), str(error))
-            if isinstance(error, LockedOut | Uncertain):
+            if not isinstance(error, Refused | NotAccepted):
                 raise
         finally:
             save(records)
@@ -675,9 +664,7 @@ def poll_all(
                 sleep(interval_seconds)
             final = []
             for group_id in sorted({str(record.group_id) for record in pending}):
-                future = pool.submit(
-                    poll_in_worker, client, group_id, records, save, stop
-                )
+                future = pool.submit(poll_in_worker, client, group_id, records, save, stop)
                 while not future.done():
                     wait([future], CHECK_SECONDS)
                 final += future.result()
@@ -691,7 +678,7 @@ def poll_in_worker(
     client: Client, group_id: str, records: Records, save: Save, stop: Event
 ) -> Records:
     """Poll a group once, and return the records that have become final."""
-    if not client.wait(0, stop):
+    if not client.wait(0, stop):  # stopped
         return []
     reason = None
     try:
@@ -745,14 +732,7 @@ def match(
 
 # --- The screen: everything that prints
 
-MARKS = {
-    SUCCESS: "✓",
-    FAILED: "✗",
-    UNKNOWN: "?",
-    PENDING: "…",
-    NOT_SENT: "-",
-    NO_MATCH: "!",
-}
+MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-", NO_MATCH: "!"}
 MAX_ROWS = 50  # of a list
 REDRAW_SECONDS = 0.25  # the live line of a terminal
 REPEAT_SECONDS = 60  # a line about the progress, elsewhere
@@ -845,16 +825,12 @@ class Screen:
 
 def printable(text: str) -> str:
     """Return text from elsewhere on one line and without control characters."""
-    return "".join(
-        letter if letter.isprintable() else " " for letter in text[:2000]
-    ).strip()
+    return "".join(letter if letter.isprintable() else " " for letter in text[:2000]).strip()
 
 
 def width(text: str) -> int:
     """Return how many columns of a terminal text takes: a Chinese letter takes two."""
-    return len(text) + sum(
-        unicodedata.east_asian_width(letter) in "WF" for letter in text
-    )
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def shorten(text: str, columns: int) -> str:
@@ -862,7 +838,7 @@ def shorten(text: str, columns: int) -> str:
     text = printable(text)
     if width(text) <= columns:
         return text
-    while width(text) > columns - 3:
+    while text and width(text) > columns - 3:
         text = text[:-1]
     return text.rstrip() + "..."
 
@@ -875,9 +851,7 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(
-        printable(text), 80, initial_indent=indent, subsequent_indent=indent
-    )
+    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -901,9 +875,7 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     print(f"      Total:       {total:>4}")
 
-    durations = [
-        record.duration_ms for record in records if record.duration_ms is not None
-    ]
+    durations = [record.duration_ms for record in records if record.duration_ms is not None]
     average = least = most = throughput = "-"
     if durations:
         average = f"{sum(durations) / len(durations):.1f}ms"
@@ -912,9 +884,7 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
     answered = sum(record.outcome == SUCCESS for record in submitted)
     if answered:
         throughput = f"{answered / seconds:.2f} req/s"
-    completions = [
-        record.completion_tokens for record in records if record.completion_tokens
-    ]
+    completions = [record.completion_tokens for record in records if record.completion_tokens]
     print(
         "\n  Performance Metrics\n  -----------------------\n"
         f"      Total wall-clock time: {seconds:>10.2f}s\n"
@@ -993,7 +963,9 @@ def advice(records: Records, command: str) -> str:
     outcomes = {record.outcome for record in records}
     text = ""
     if UNKNOWN in outcomes:
-        text += "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard first.\n"
+        text += (
+            "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard first.\n"
+        )
     if PENDING in outcomes:
         text += f"\n  … Pending: accepted. To go on polling:\n      {command}\n"
     if NOT_SENT in outcomes:
@@ -1006,10 +978,8 @@ def advice(records: Records, command: str) -> str:
 PREFIX = "async-group"  # of the names of results files
 OTHER_SCRIPT = "async_polling_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
-ENVIRONMENT = "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
-RESUME_HELP = (
-    "go on polling an earlier run: without FILE the newest that has something pending"
-)
+ENVIRONMENT = "INFERENCE_API_KEY is your key, INFERENCE_BASE_URL the API's address."
+RESUME_HELP = "go on polling an earlier run; without FILE, the newest with something pending"
 
 
 def check_configuration() -> None:
@@ -1026,9 +996,7 @@ def check_configuration() -> None:
         if name.endswith("_SECONDS"):
             is_number = isinstance(value, int | float)
         if not is_number or not 0 < value <= 1_000_000:
-            raise ValueError(
-                f"{name} must be a number from 1 to 1,000,000, not {value!r}"
-            )
+            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
     if not isinstance(RESULTS_DIR, str):
         raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
@@ -1077,9 +1045,7 @@ def open_results(resume: str | None) -> Results:
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(
-                f"{path} is newer, and has requests that were not sent", file=sys.stderr
-            )
+            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -1094,9 +1060,7 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(
-                2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n"
-            )
+            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -1131,10 +1095,10 @@ def run(
                 records += [record for record in final if record.outcome == NO_MATCH]
                 screen.print_poll(attempt, pending)
         if any(record.outcome == PENDING for record in pending):
-            minutes = MAX_POLL_ATTEMPTS * POLL_INTERVAL_SECONDS / 60
+            duration = timedelta(seconds=MAX_POLL_ATTEMPTS * POLL_INTERVAL_SECONDS)
             screen.notes.append(
-                f"The polls are used up: {MAX_POLL_ATTEMPTS} of the group, in about "
-                f"{minutes:.1f} minutes. To wait for longer, raise MAX_POLL_ATTEMPTS."
+                f"The polls are used up: {MAX_POLL_ATTEMPTS} of the group, in {duration}. "
+                "To wait for longer, raise MAX_POLL_ATTEMPTS."
             )
     finally:
         pool.shutdown(wait=False)  # a poll that stalls must not hold up the end
@@ -1142,11 +1106,13 @@ def run(
 
 def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
-    with path.open("w", encoding="utf-8") as file:
+    new_path = path.with_suffix(".tmp")
+    with new_path.open("w", encoding="utf-8") as file:
         for record in records:
             row = dict(vars(record))
             del row["request"]
             file.write(json.dumps(row) + "\n")
+    new_path.replace(path)
 
 
 def lost_ids(records: Records, results: Results) -> Records:
@@ -1207,9 +1173,7 @@ def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=ENVIRONMENT)
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=RESUME_HELP)
-    parser.add_argument(
-        "--submit", action="store_true", help="also submit what was not sent"
-    )
+    parser.add_argument("--submit", action="store_true", help="also submit what was not sent")
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")

@@ -197,9 +197,7 @@ class Client:
         self.paused_until = 0.0  # Retry-After, in monotonic() time: see wait
         self.local = threading.local()  # each thread has a session of its own
         if not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError(
-                "set INFERENCE_API_KEY to your key (see https://inference.net)"
-            )
+            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
         if not re.fullmatch(
             URL, self.base_url, re.ASCII
         ):  # not shown, as it may hold the key
@@ -215,9 +213,7 @@ class Client:
         if not isinstance(generation_id, str) or not re.fullmatch(
             "[A-Za-z0-9_-]+", generation_id
         ):
-            raise Uncertain(
-                f"accepted, but the answer has no usable id: {str(answer)[:500]}"
-            )
+            raise Uncertain(f"accepted, but the answer has no usable id: {str(answer)[:500]}")
         return generation_id
 
     def fetch_generation(self, generation_id: str) -> Json:
@@ -233,27 +229,23 @@ class Client:
         upload = None
         if body is not None:
             upload = io.BytesIO(json.dumps(body).encode())
-        outer_error = sys.exc_info()[1]
         try:
             response = self.session().request(
                 method,
                 self.base_url + path,
                 data=upload,
-                auth=self.add_headers,
+                auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 stream=True,
             )
         except (OSError, ValueError, HTTPError) as error:
-            cause: BaseException | None = error
-            while (
-                cause and cause.__context__ is not outer_error
-            ):  # the first one says why
+            cause: BaseException = error
+            while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             host = urlsplit(self.base_url).netloc
-            reason = (
-                f"{str(cause) or type(cause).__name__} ({type(error).__name__} at {host})"
-            )
+            reason = str(cause) or type(cause).__name__
+            reason += f" ({type(error).__name__} at {host})"
             # requests reads the upload only when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
             if may_have_been_sent:
@@ -287,7 +279,7 @@ class Client:
         return session
 
     def add_headers(self, request: PreparedRequest) -> PreparedRequest:
-        """Add the key to a request. requests calls this last: .netrc can't replace the key."""
+        """Add the key and the type of the content to a request."""
         request.headers["Authorization"] = f"Bearer {self.api_key}"
         request.headers["Content-Type"] = "application/json"
         return request
@@ -296,13 +288,11 @@ class Client:
         """Return what arrives of an answer until it ends, breaks off or takes too long."""
         deadline = monotonic() + self.timeout_seconds
         content = bytearray()
-        with suppress(
-            HTTPError
-        ):  # it broke off: what has arrived may still be a whole answer
+        # If it breaks off, what has arrived may still be a whole answer.
+        with suppress(HTTPError):
             while monotonic() < deadline:
-                chunk = response.raw.read1(
-                    decode_content=True
-                )  # waits only if nothing is there
+                # read1 returns what is there, and waits only if there is nothing.
+                chunk = response.raw.read1(decode_content=True)
                 if not chunk:
                     break
                 content += chunk
@@ -315,9 +305,8 @@ class Client:
         text = message or content[:500].decode(errors="replace") or response.reason
         reason = f"HTTP {status}: {text}"
         wait_seconds = 0.0
-        with suppress(
-            ValueError, OverflowError, HTTPError
-        ):  # it is neither seconds nor a date
+        # What is neither seconds nor a date is not obeyed.
+        with suppress(ValueError, OverflowError, HTTPError):
             wait_seconds = Retry().get_retry_after(response.raw) or 0
         if wait_seconds > 0:
             reason += f" (Retry-After: {int(wait_seconds)} s)"
@@ -357,7 +346,7 @@ FAILED = "Failed"  # also: refused when it was submitted
 NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
 UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
-# An outcome, not a state: accepted, and not final
+# Not a state, but an outcome: accepted, so that it has an id, and not final
 PENDING = "Pending"
 
 
@@ -370,9 +359,7 @@ class Record:
     request: Json  # the chat completion request that is sent
     generation_id: str | None = None
     state: str = NOT_SENT
-    response: str | Json | None = (
-        None  # the answer's text, or the whole response if it is more
-    )
+    response: str | Json | None = None  # the text, or all of it if it is more than one text
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -382,7 +369,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """SUCCESS, FAILED, PENDING, UNKNOWN or NOT_SENT; SUBMITTING while it is being sent."""
+        """The state in fewer words: what has an id and is not final is PENDING."""
         if self.state in (SUCCESS, FAILED, NOT_SENT, SUBMITTING):
             return self.state
         if self.generation_id:
@@ -395,11 +382,9 @@ class Record:
         self.prompt_tokens = find(usage, int, "prompt_tokens")
         self.completion_tokens = find(usage, int, "completion_tokens")
         self.total_tokens = find(usage, int, "total_tokens")
-        self.finish_reason = find(
-            generation, str, "response", "choices", 0, "finish_reason"
-        )
+        self.finish_reason = find(generation, str, "response", "choices", 0, "finish_reason")
         self.response = answer_of(generation)
-        with suppress(ValueError, TypeError):  # a time is missing, or in another form
+        with suppress(ValueError, TypeError, OverflowError):  # a time is missing, or odd
             dispatched_at = parse_time(generation.get("dispatchedAt"))
             finished_at = parse_time(generation.get("finishedAt"))
             self.duration_ms = (finished_at - dispatched_at) / timedelta(milliseconds=1)
@@ -418,8 +403,8 @@ def answer_of(generation: Json) -> str | Json | None:
     choices = find(response, list, "choices") or [{}]
     message = find(choices, dict, 0, "message") or {}
     content = message.get("content")
-    others = {key for key, value in message.items() if value} - {"role", "content"}
-    is_one_text = isinstance(content, str) and len(choices) == 1 and not others
+    extras = {key for key, value in message.items() if value} - {"role", "content"}
+    is_one_text = isinstance(content, str) and len(choices) == 1 and not extras
     if is_one_text and not choices[0].get("logprobs"):
         return content
     return response
@@ -461,22 +446,21 @@ def mark_interrupted(records: Records) -> None:
 
 
 # One process at a time can have the file open. What was saved survives a kill of the program.
-# The trigger keeps a program that forgot to load its records from paying for them again.
+# The trigger: a program that forgets to load its records must not pay for them again.
 SCHEMA = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
-    CREATE TABLE IF NOT EXISTS single_requests (custom_id TEXT PRIMARY KEY, record TEXT NOT NULL);
-    CREATE TRIGGER IF NOT EXISTS keep_ids BEFORE UPDATE ON single_requests
-    WHEN old.record LIKE '%"generation_id": "%' AND old.record NOT LIKE '%"state": "Failed"%'
-        AND new.record NOT LIKE '%"generation_id": "%'
-    BEGIN
-        SELECT RAISE(ABORT, 'it has a record of this custom_id that was submitted: load() it');
-    END;
+    CREATE TABLE IF NOT EXISTS single_requests (
+        custom_id TEXT PRIMARY KEY, is_new INTEGER NOT NULL, record TEXT NOT NULL
+    );
+    CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON single_requests
+    WHEN new.is_new AND NOT old.is_new
+    BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 """
 UPSERT = """
-    INSERT INTO single_requests VALUES (?, ?)
-    ON CONFLICT (custom_id) DO UPDATE SET record = excluded.record
+    INSERT INTO single_requests VALUES (?, ?, ?)
+    ON CONFLICT (custom_id) DO UPDATE SET is_new = excluded.is_new, record = excluded.record
 """
 
 
@@ -497,9 +481,7 @@ class Results:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise OSError(
-                f"can't open {path}, or it is in use already: {error}"
-            ) from error
+            raise OSError(f"can't open {path}, or it is in use already: {error}") from error
         # Nobody else is using the file: what is Submitting was so when a program ended.
         interrupted = [record for record in self.load() if record.state == SUBMITTING]
         mark_interrupted(interrupted)
@@ -509,9 +491,7 @@ class Results:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Let no other thread in; commit at the end, or roll back."""
         if os.getpid() != self.process_id:  # SQLite can't be used across a fork
-            raise OSError(
-                f"{self.path} was opened by another process: open it in this one"
-            )
+            raise OSError(f"{self.path} was opened by another process: open it in this one")
         try:
             with self.lock, self.connection:
                 yield self.connection
@@ -521,7 +501,10 @@ class Results:
     def save(self, records: Iterable[Record]) -> None:
         """Put records on file, all of them or none. Each replaces the one with its custom id."""
         with self.transaction() as connection:
-            rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
+            rows = []
+            for record in records:
+                is_new = record.state == NOT_SENT and not record.error  # never submitted
+                rows.append((record.custom_id, is_new, json.dumps(vars(record))))
             connection.executemany(UPSERT, rows)
 
     def load(self) -> Records:
@@ -540,19 +523,22 @@ class Results:
 
 # --- The work: submit, then poll until final
 
-# Worker threads make the calls, change the records and save them: an id is on file the
-# moment it arrives, whatever happens to the caller's thread. This hands out the work and
-# looks on. Both functions are iterators: nothing happens until you iterate. To stop, leave
-# the loop; an iterator that has a name goes on living, so close it, too.
+# submit_all and poll_all hand out the work to worker threads, and yield what has ended. The
+# workers call the API, change the records and save them: an id is on file the moment it
+# arrives, whatever happens to the caller's thread. Both are iterators: nothing happens until
+# you iterate. To stop, leave the loop; an iterator with a name lives on, so close it, too.
 
 MAX_SUBMIT_ATTEMPTS = 5
 MAX_UNCERTAIN = 5  # in a row
-CHECK_SECONDS = (
-    0.05  # how often the caller's thread looks up; on Windows, also for Ctrl-C
-)
+CHECK_SECONDS = 0.05  # how often the loops look up; on Windows, also for Ctrl-C
 Save = Callable[[Records], object]  # called in worker threads, several at a time
 # What has become of a request whose submission failed
-STATES = {Refused: FAILED, LockedOut: NOT_SENT, NotAccepted: NOT_SENT, Uncertain: UNKNOWN}
+STATES: dict[type[Exception], str] = {
+    Refused: FAILED,
+    LockedOut: NOT_SENT,
+    NotAccepted: NOT_SENT,
+    Uncertain: UNKNOWN,
+}
 
 
 def submit_all(
@@ -582,14 +568,13 @@ def submit_all(
                 record = waiting.popleft()
                 if record.state != NOT_SENT:  # another submit_all has taken it
                     continue
-                record.state = SUBMITTING
-                future = pool.submit(submit_in_worker, client, record, save, stop)
+                future = hand_out(pool, client, record, save, stop)
                 under_way[future] = record
             for future in wait(under_way, CHECK_SECONDS, FIRST_COMPLETED).done:
                 record = under_way.pop(future)
                 error = error or future.exception()
                 last_states.append(record.state)
-                if waiting and last_states.count(UNKNOWN) == MAX_UNCERTAIN:
+                if waiting and not error and last_states.count(UNKNOWN) == MAX_UNCERTAIN:
                     error = Uncertain(f"{MAX_UNCERTAIN} in a row: {record.error}")
                 if error:
                     waiting.clear()
@@ -602,14 +587,25 @@ def submit_all(
         wait(under_way)  # they may have been paid for
 
 
+def hand_out(
+    pool: Executor, client: Client, record: Record, save: Save, stop: Event
+) -> Future[None]:
+    """Give a record to a worker thread. It is Submitting now: nobody else takes it."""
+    record.state = SUBMITTING
+    try:
+        return pool.submit(submit_in_worker, client, record, save, stop)
+    except Exception:  # the pool is shut down, or can't start a thread
+        record.state = NOT_SENT
+        raise
+
+
 def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) -> None:
     """Submit one request. Try again only what surely was not accepted."""
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         record.state = SUBMITTING  # before the wait: nobody else may submit it meanwhile
-        if not client.wait(backoff_seconds(attempt), stop):
+        if not client.wait(backoff_seconds(attempt), stop):  # stopped
             record.state = NOT_SENT
             return
-        record.error = None
         try:
             save([record])
         except Exception:  # what can't be put on file is not sent
@@ -618,10 +614,11 @@ def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) ->
         try:
             record.generation_id = client.submit_generation(record.request)
             record.state = QUEUED
-        except ApiError as error:
+            record.error = None
+        except Exception as error:
             record.state = STATES.get(type(error), UNKNOWN)
             record.error = str(error)
-            if isinstance(error, LockedOut):
+            if isinstance(error, LockedOut) or not isinstance(error, ApiError):
                 raise
         finally:
             save([record])
@@ -669,9 +666,7 @@ def poll_all(
     try:
         while waiting or under_way:
             while (
-                waiting
-                and waiting[0][0] <= monotonic()
-                and len(under_way) < max_concurrent
+                waiting and waiting[0][0] <= monotonic() and len(under_way) < max_concurrent
             ):
                 _, attempt, record = waiting.popleft()
                 future = pool.submit(poll_in_worker, client, record, save, stop)
@@ -692,7 +687,7 @@ def poll_all(
 
 def poll_in_worker(client: Client, record: Record, save: Save, stop: Event) -> None:
     """Poll a generation once. If that fails, the record stays Pending."""
-    if not client.wait(0, stop):
+    if not client.wait(0, stop):  # stopped
         return
     try:
         generation = client.fetch_generation(str(record.generation_id))
@@ -789,16 +784,12 @@ class Screen:
 
 def printable(text: str) -> str:
     """Return text from elsewhere on one line and without control characters."""
-    return "".join(
-        letter if letter.isprintable() else " " for letter in text[:2000]
-    ).strip()
+    return "".join(letter if letter.isprintable() else " " for letter in text[:2000]).strip()
 
 
 def width(text: str) -> int:
     """Return how many columns of a terminal text takes: a Chinese letter takes two."""
-    return len(text) + sum(
-        unicodedata.east_asian_width(letter) in "WF" for letter in text
-    )
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def shorten(text: str, columns: int) -> str:
@@ -806,7 +797,7 @@ def shorten(text: str, columns: int) -> str:
     text = printable(text)
     if width(text) <= columns:
         return text
-    while width(text) > columns - 3:
+    while text and width(text) > columns - 3:
         text = text[:-1]
     return text.rstrip() + "..."
 
@@ -819,9 +810,7 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(
-        printable(text), 80, initial_indent=indent, subsequent_indent=indent
-    )
+    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -845,9 +834,7 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     print(f"      Total:       {total:>4}")
 
-    durations = [
-        record.duration_ms for record in records if record.duration_ms is not None
-    ]
+    durations = [record.duration_ms for record in records if record.duration_ms is not None]
     average = least = most = throughput = "-"
     if durations:
         average = f"{sum(durations) / len(durations):.1f}ms"
@@ -856,9 +843,7 @@ def show_figures(records: Records, submitted: Records, seconds: float) -> None:
     answered = sum(record.outcome == SUCCESS for record in submitted)
     if answered:
         throughput = f"{answered / seconds:.2f} req/s"
-    completions = [
-        record.completion_tokens for record in records if record.completion_tokens
-    ]
+    completions = [record.completion_tokens for record in records if record.completion_tokens]
     print(
         "\n  Performance Metrics\n  -----------------------\n"
         f"      Total wall-clock time: {seconds:>10.2f}s\n"
@@ -928,9 +913,7 @@ def show_lost_ids(records: Records, path: Path) -> None:
         "      records = {record.custom_id: record for record in results.load()}"
     )
     for record in records:
-        print(
-            f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}"
-        )
+        print(f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}")
     print("      results.save(records.values())")
 
 
@@ -939,7 +922,9 @@ def advice(records: Records, command: str) -> str:
     outcomes = {record.outcome for record in records}
     text = ""
     if UNKNOWN in outcomes:
-        text += "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard first.\n"
+        text += (
+            "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard first.\n"
+        )
     if PENDING in outcomes:
         text += f"\n  … Pending: accepted. To go on polling:\n      {command}\n"
     if NOT_SENT in outcomes:
@@ -952,10 +937,8 @@ def advice(records: Records, command: str) -> str:
 PREFIX = "async-polling"  # of the names of results files
 OTHER_SCRIPT = "async_group_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
-ENVIRONMENT = "INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is the API's address, if not the usual one."
-RESUME_HELP = (
-    "go on polling an earlier run: without FILE the newest that has something pending"
-)
+ENVIRONMENT = "INFERENCE_API_KEY is your key, INFERENCE_BASE_URL the API's address."
+RESUME_HELP = "go on polling an earlier run; without FILE, the newest with something pending"
 
 
 def check_configuration() -> None:
@@ -973,9 +956,7 @@ def check_configuration() -> None:
         if name.endswith("_SECONDS"):
             is_number = isinstance(value, int | float)
         if not is_number or not 0 < value <= 1_000_000:
-            raise ValueError(
-                f"{name} must be a number from 1 to 1,000,000, not {value!r}"
-            )
+            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
     if not isinstance(RESULTS_DIR, str):
         raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
@@ -1019,9 +1000,7 @@ def open_results(resume: str | None) -> Results:
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(
-                f"{path} is newer, and has requests that were not sent", file=sys.stderr
-            )
+            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -1036,9 +1015,7 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(
-                2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n"
-            )
+            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -1072,10 +1049,10 @@ def run(
             for done, record in enumerate(answered, start=1):
                 screen.print_answer(record, done, len(pending))
         if any(record.outcome == PENDING for record in pending):
-            minutes = MAX_POLL_ATTEMPTS * POLL_INTERVAL_SECONDS / 60
+            duration = timedelta(seconds=MAX_POLL_ATTEMPTS * POLL_INTERVAL_SECONDS)
             screen.notes.append(
-                f"The polls are used up: {MAX_POLL_ATTEMPTS} of each generation, in about "
-                f"{minutes:.1f} minutes. To wait for longer, raise MAX_POLL_ATTEMPTS."
+                f"The polls are used up: {MAX_POLL_ATTEMPTS} of each generation, in {duration}. "
+                "To wait for longer, raise MAX_POLL_ATTEMPTS."
             )
     finally:
         pool.shutdown(wait=False)  # a poll that stalls must not hold up the end
@@ -1083,11 +1060,13 @@ def run(
 
 def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
-    with path.open("w", encoding="utf-8") as file:
+    new_path = path.with_suffix(".tmp")
+    with new_path.open("w", encoding="utf-8") as file:
         for record in records:
             row = dict(vars(record))
             del row["request"]
             file.write(json.dumps(row) + "\n")
+    new_path.replace(path)
 
 
 def lost_ids(records: Records, results: Results) -> Records:
@@ -1148,9 +1127,7 @@ def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=ENVIRONMENT)
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help=RESUME_HELP)
-    parser.add_argument(
-        "--submit", action="store_true", help="also submit what was not sent"
-    )
+    parser.add_argument("--submit", action="store_true", help="also submit what was not sent")
     options = parser.parse_args()
     if options.submit and not options.resume:
         parser.error("--submit needs --resume FILE")

@@ -93,7 +93,9 @@ def serve(kind: type[LocalApi], options: dict[str, Any], pipe: Connection) -> No
             "last": moments[-1] if moments else 0,
             "made again": api.made_again(),
             "read after": list(getattr(api, "read_after", {}).values()),
-            "last end": max((generation.finished.timestamp() for generation in made), default=0),
+            "last end": max(
+                (generation.finished.timestamp() for generation in made), default=0
+            ),
         }
         pipe.send(seen)
 
@@ -165,7 +167,13 @@ def far_away(count: int, is_short: bool) -> None:
     what = f"{count} requests, 5 workers: seconds (floor {floor:.1f})"
     ratio = used["seconds"] / floor
     if not is_short:
-        report("Far away", what, f"{used['seconds']:.2f}", f"<= {1.35 * floor:.1f}", ratio <= 1.35)
+        report(
+            "Far away",
+            what,
+            f"{used['seconds']:.2f}",
+            f"<= {1.35 * floor:.1f}",
+            ratio <= 1.35,
+        )
     report(
         "Far away",
         "calls",
@@ -257,7 +265,13 @@ def many() -> None:
     what = "MB that 10,000 requests take more than 100"
     report("Many", what, f"{growth:.0f}", "<= 60", growth <= 60)
     each = rates[1000] / rates[10_000]
-    report("Many", "time per call, 10,000 to 1,000 requests", f"{each:.2f}", "<= 1.2", each <= 1.2)
+    report(
+        "Many",
+        "time per call, 10,000 to 1,000 requests",
+        f"{each:.2f}",
+        "<= 1.2",
+        each <= 1.2,
+    )
 
 
 def idle() -> None:
@@ -266,7 +280,9 @@ def idle() -> None:
     for script in (SINGLE, GROUP):
         for seconds in (1, 21):
             served = Served(seconds=(seconds, seconds))
-            used[seconds] = run(script, served.environment, POLL_INTERVAL_SECONDS=seconds + 0.5)
+            used[seconds] = run(
+                script, served.environment, POLL_INTERVAL_SECONDS=seconds + 0.5
+            )
             served.stop()
         waited = used[21]["seconds"] - used[1]["seconds"]
         share = 100 * (used[21]["cpu"] - used[1]["cpu"]) / waited
@@ -278,10 +294,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--short", action="store_true", help="small workloads, counts alone judged")
+    parser.add_argument(
+        "--short", action="store_true", help="small workloads, counts alone judged"
+    )
     is_short = parser.parse_args().short
     os.sched_setaffinity(0, CLIENT_CORES)
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {datetime.now():%Y-%m-%d}\n")
+    print(
+        f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {datetime.now():%Y-%m-%d}\n"
+    )
     print("| workload | what | figure | to reach | |\n|---|---|---|---|---|")
     connections(30 if is_short else 200)
     far_away(20 if is_short else 100, is_short)

@@ -28,7 +28,10 @@ SCRIPTS = (SINGLE, GROUP)
 HANG_SECONDS = 60
 
 # Hundreds of processes are started: without bytecode, half of their time goes into compiling.
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) and "PYTHONPYCACHEPREFIX" not in os.environ:
+if (
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    and "PYTHONPYCACHEPREFIX" not in os.environ
+):
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
@@ -72,10 +75,14 @@ class Run:
 def read_results(path: Path) -> list[Json]:
     """Read the records of a results file without the script."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+        ).fetchall()
         if not tables:  # killed while it was made
             return []
-        rows = connection.execute(f"SELECT record FROM {tables[0][0]} ORDER BY rowid").fetchall()
+        rows = connection.execute(
+            f"SELECT record FROM {tables[0][0]} ORDER BY rowid"
+        ).fetchall()
     return [json.loads(text) for [text] in rows]
 
 
@@ -239,7 +246,9 @@ def one_each(
     def choose(request: web.Request, body: Json) -> Fault | None:
         if is_submission(request) == polls:
             return None
-        custom_id = api.generations[request.path.rpartition("/")[2]].custom_id if polls else None
+        custom_id = (
+            api.generations[request.path.rpartition("/")[2]].custom_id if polls else None
+        )
         number = int((custom_id or body["metadata"]["custom_id"]).removeprefix("req-")) - 1
         seen[number] += 1
         return faults[number] if seen[number] <= times else None

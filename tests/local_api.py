@@ -458,7 +458,9 @@ class LocalApi:
         self.calls: list[tuple[str, str]] = []  # the method and the path of each
         self.connections: set[Any] = set()
         self.headers_seen: list[dict[str, str]] = []
-        self.choose_fault: Callable[[web.Request, Json], Fault | None] = lambda request, body: None
+        self.choose_fault: Callable[[web.Request, Json], Fault | None] = (
+            lambda request, body: None
+        )
         self.alter: Callable[[Json], Any] = lambda generation: generation
         self.alter_list: Callable[[list[Any]], Any] = lambda generations: generations
         self.new_runs = 0  # counted by the tests: how often a custom id may be made anew
@@ -647,7 +649,9 @@ def status(code: int, message: str = "out of order", **headers: str) -> Fault:
     """Answer with an HTTP status and headers (Retry_After is Retry-After), nothing carried out."""
 
     async def fault(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        return problem(code, message, {name.replace("_", "-"): headers[name] for name in headers})
+        return problem(
+            code, message, {name.replace("_", "-"): headers[name] for name in headers}
+        )
 
     return fault
 
@@ -833,7 +837,9 @@ def show_bill(api: LocalApi) -> None:
     """Tell the user what was accepted and answered, and what is lost now."""
     say(f"The local API: {api.bill()}.")
     if api.unanswered():
-        say(f"Not answered: {api.unanswered()}. They are gone now: the local API keeps nothing.")
+        say(
+            f"Not answered: {api.unanswered()}. They are gone now: the local API keeps nothing."
+        )
         say("A --resume command that a script has printed for them cannot work any more.")
 
 
@@ -842,7 +848,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--flaky", action="store_true", help="answer badly, a fair share of times")
+    parser.add_argument(
+        "--flaky", action="store_true", help="answer badly, a fair share of times"
+    )
     parser.add_argument(
         "--port",
         type=port_number,

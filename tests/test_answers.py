@@ -34,7 +34,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generation(content: Any = "Paris", **changes: Any) -> Json:
     """A generation that succeeded, but for the changes."""
-    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    choice = {
+        "message": {"role": "assistant", "content": content},
+        "finish_reason": "stop",
+    }
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
     return {
         "id": "abc",
@@ -73,7 +76,22 @@ def test_a_record_keeps_what_a_generation_says() -> None:
     )
 
 
-ODD = [None, "", 0, -1, 1.5, True, [], {}, "text", [None], [[]], {"a": {}}, 10**30, "\ud800"]
+ODD = [
+    None,
+    "",
+    0,
+    -1,
+    1.5,
+    True,
+    [],
+    {},
+    "text",
+    [None],
+    [[]],
+    {"a": {}},
+    10**30,
+    "\ud800",
+]
 ABSENT = object()
 
 
@@ -114,7 +132,9 @@ def test_no_odd_field_spoils_a_success(path: Any) -> None:
     for value in [ABSENT, *ODD]:
         record = updated(alter(path, value))
         assert record.state == "Success"
-        spoils_text = path[0] == "response" and "usage" not in path and path[-1] != "finish_reason"
+        spoils_text = (
+            path[0] == "response" and "usage" not in path and path[-1] != "finish_reason"
+        )
         if not spoils_text:
             assert record.response == "Paris"
         json.loads(json.dumps(vars(record)), parse_constant=pytest.fail)
@@ -125,7 +145,11 @@ def message(**keys: Any) -> Json:
     return {"message": {"role": "assistant", **keys}}
 
 
-CALL = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "find", "arguments": "{}"},
+}
 TEXTS = {
     "a text": [message(content="Paris")],
     "with keys that hold nothing": [
@@ -142,7 +166,9 @@ WHOLE = {
     "a refusal": [message(content=None, refusal="I can't help with that.")],
     "a refusal and a text": [message(content="No.", refusal="I can't help with that.")],
     "two choices": [message(content="Paris"), message(content="It is Paris.")],
-    "log probabilities": [message(content="Paris") | {"logprobs": {"content": [{"token": "P"}]}}],
+    "log probabilities": [
+        message(content="Paris") | {"logprobs": {"content": [{"token": "P"}]}}
+    ],
     "reasoning": [message(content="Paris", reasoning_content="France, so ...")],
     "parts": [message(content=[{"type": "text", "text": "Paris"}])],
     "a number": [message(content=7)],
@@ -188,7 +214,11 @@ def test_a_text_is_kept_as_it_is(text: str) -> None:
         ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z", 0),
         ("2026-01-02T03:04:06Z", "2026-01-02T03:04:05Z", -1000),
         ("2026-13-02T03:04:05Z", "2026-01-02T03:04:05Z", None),
-        ("2026-01-02T03:04:05Z", "9999-12-31T23:59:59.9999999Z", None),  # the last one of .NET
+        (
+            "2026-01-02T03:04:05Z",
+            "9999-12-31T23:59:59.9999999Z",
+            None,
+        ),  # the last one of .NET
         ("yesterday", "2026-01-02T03:04:05Z", None),
         (None, "2026-01-02T03:04:05Z", None),
         (1767322000, 1767322001, None),
@@ -205,11 +235,15 @@ def test_generation_time(dispatched: Any, finished: Any, milliseconds: float | N
 def test_a_failure_has_a_reason(reason: Any) -> None:
     record = updated(generation(state="Failed", stateMessage=reason, response=None))
     assert record.state == "Failed"
-    assert record.error == ("out of memory" if reason == "out of memory" else "no reason given")
+    assert record.error == (
+        "out of memory" if reason == "out of memory" else "no reason given"
+    )
 
 
 def test_an_error_of_an_earlier_poll_is_gone_when_the_answer_is_there() -> None:
-    record = MODULE.Record("req-001", "Where?", {}, "abc", state="Queued", error="HTTP 503: busy")
+    record = MODULE.Record(
+        "req-001", "Where?", {}, "abc", state="Queued", error="HTTP 503: busy"
+    )
     record.update(generation())
     assert record.error is None
 
@@ -235,8 +269,24 @@ def test_find(value: Any, kind: type, path: Any, found: Any) -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 keys = st.sampled_from(
     [
-        *("response", "choices", "message", "content", "text", "usage", "finish_reason", "id"),
-        *("prompt_tokens", "request", "metadata", "custom_id", "dispatchedAt", "stateMessage"),
+        *(
+            "response",
+            "choices",
+            "message",
+            "content",
+            "text",
+            "usage",
+            "finish_reason",
+            "id",
+        ),
+        *(
+            "prompt_tokens",
+            "request",
+            "metadata",
+            "custom_id",
+            "dispatchedAt",
+            "stateMessage",
+        ),
         *("logprobs", "tool_calls", "finishedAt"),
     ]
 )
@@ -253,7 +303,11 @@ likely = st.recursive(
 def test_any_generation_can_be_read(
     module: types.ModuleType, shown: Json, choice: Any, state: str
 ) -> None:
-    for response in (shown.get("response"), {"choices": [choice]}, {"choices": [choice, choice]}):
+    for response in (
+        shown.get("response"),
+        {"choices": [choice]},
+        {"choices": [choice, choice]},
+    ):
         record = updated(shown | {"state": state, "response": response}, module)
         row = json.loads(json.dumps(vars(record)))
         assert row["custom_id"] == "req-001"
@@ -320,8 +374,16 @@ def test_a_generation_that_answers_no_question_is_kept(repeated: Any) -> None:
     assert matched is records[0]
     assert matched.response == "The answer of gen-1."
     assert records[1].state == "Queued"
-    assert (stray.custom_id, stray.generation_id, stray.question) == ("gen-2", "gen-2", "")
-    assert (stray.state, stray.outcome, stray.group_id) == ("No match", "No match", "group")
+    assert (stray.custom_id, stray.generation_id, stray.question) == (
+        "gen-2",
+        "gen-2",
+        "",
+    )
+    assert (stray.state, stray.outcome, stray.group_id) == (
+        "No match",
+        "No match",
+        "group",
+    )
     assert stray.response == "The answer of gen-2."
     # Polled again, or in another run, it is the same one.
     assert poll_group([*records, stray], answers) == [[]]
@@ -332,11 +394,19 @@ def test_the_first_final_claim_of_a_custom_id_keeps_it() -> None:
     early = member("req-1", "early", state="In Progress", response=None)
     late = member("req-1", "late")
     [first, second, third] = poll_group(
-        records, [early, late], [member("req-1", "early"), late], [member("req-2", "gen-2")]
+        records,
+        [early, late],
+        [member("req-1", "early"), late],
+        [member("req-2", "gen-2")],
     )
     assert first == [records[0]]
-    assert (records[0].generation_id, records[0].response) == ("late", "The answer of late.")
-    assert [(record.custom_id, record.outcome) for record in second] == [("early", "No match")]
+    assert (records[0].generation_id, records[0].response) == (
+        "late",
+        "The answer of late.",
+    )
+    assert [(record.custom_id, record.outcome) for record in second] == [
+        ("early", "No match")
+    ]
     assert third == [records[1]]
 
 
@@ -398,13 +468,14 @@ def plain(records: list[Any]) -> str:
 
 
 def records_of(module: types.ModuleType) -> st.SearchStrategy[Any]:
-    """Any records, among which custom ids come again."""
+    """Any records, among which custom ids come again. All have an id of the API's."""
+    given_id = "group_id" if module is MODULES[GROUP] else "generation_id"
     return st.builds(
         module.Record,
         custom_id=st.sampled_from(["a", "b", "c", "d"]) | st.text(),
         question=st.text(),
         request=st.dictionaries(st.text(), likely, max_size=2),
-        generation_id=st.none() | st.text(),
+        **{given_id: st.text()},
         state=st.sampled_from(["Not sent", "Queued", "Success", "Failed", "Unknown", "?"]),
         response=st.none() | st.text() | st.dictionaries(keys, likely, max_size=2),
         total_tokens=st.none() | st.integers(),
@@ -438,6 +509,26 @@ def test_what_is_saved_is_read_back(module: types.ModuleType, data: st.DataObjec
         again.close()
 
 
+@both
+def test_a_record_that_is_made_anew_does_not_replace_one_that_was_submitted(
+    module: types.ModuleType, tmp_path: Path
+) -> None:
+    results = module.Results(tmp_path / "results.db")
+    new = [module.new_record(custom_id, "Where?") for custom_id in ("a", "b", "c")]
+    results.save(new)
+    submitted = module.new_record("b", "Where?")
+    submitted.state = "Queued"
+    if module is MODULES[GROUP]:
+        submitted.group_id = "an-id"
+    else:
+        submitted.generation_id = "an-id"
+    results.save([submitted])
+    with pytest.raises(OSError, match=r"results\.db: .*load"):
+        results.save(new)
+    assert plain(results.load()) == plain([new[0], submitted, new[2]])
+    results.close()
+
+
 def test_numbers_that_are_no_json_leave_the_files_readable(example: Example) -> None:
     def spoil(shown: Json) -> Json:
         if shown["response"]:
@@ -462,7 +553,12 @@ def test_a_generation_with_another_id_is_not_taken(api: LocalApi) -> None:
     client = MODULE.Client(API_KEY, api.url)
     request = MODULE.new_record("req-001", "Where?").request
     generation_id = client.submit_generation(request)
-    for given_id, is_taken in ((None, True), (ABSENT, True), ("another", False), (7, False)):
+    for given_id, is_taken in (
+        (None, True),
+        (ABSENT, True),
+        ("another", False),
+        (7, False),
+    ):
 
         def rename(shown: Json, given_id: Any = given_id) -> Json:
             shown = shown | {"id": given_id}
@@ -472,7 +568,9 @@ def test_a_generation_with_another_id_is_not_taken(api: LocalApi) -> None:
         if is_taken:
             assert client.fetch_generation(generation_id)["state"] == "Success"
         else:
-            with pytest.raises(MODULE.Uncertain, match=f"^not the state of {generation_id}: "):
+            with pytest.raises(
+                MODULE.Uncertain, match=f"^not the state of {generation_id}: "
+            ):
                 client.fetch_generation(generation_id)
 
 
@@ -545,7 +643,11 @@ def test_failed_generations_are_shown_with_their_reasons(example: Example) -> No
     def fail(shown: Json) -> Json:
         if shown["request"]["metadata"]["custom_id"] != "req-003":
             return shown
-        return shown | {"state": "Failed", "stateMessage": "out of memory", "response": None}
+        return shown | {
+            "state": "Failed",
+            "stateMessage": "out of memory",
+            "response": None,
+        }
 
     example.api.alter = fail
     run = example.run()
@@ -626,7 +728,8 @@ def test_a_submission_is_a_post_whatever_its_body(
 
 @both
 @pytest.mark.parametrize(
-    ("given_seconds", "seconds"), [("0", 0), ("7", 7), ("120", 120), ("121", 120), ("9" * 30, 120)]
+    ("given_seconds", "seconds"),
+    [("0", 0), ("7", 7), ("120", 120), ("121", 120), ("9" * 30, 120)],
 )
 def test_a_retry_after_is_obeyed_up_to_two_minutes(
     module: types.ModuleType, api: LocalApi, given_seconds: str, seconds: float
@@ -648,7 +751,9 @@ def test_a_retry_after_is_obeyed_up_to_two_minutes(
 
 @both
 @pytest.mark.parametrize("seconds", [60, 100_000, -60])
-def test_a_retry_after_can_be_a_date(module: types.ModuleType, api: LocalApi, seconds: int) -> None:
+def test_a_retry_after_can_be_a_date(
+    module: types.ModuleType, api: LocalApi, seconds: int
+) -> None:
     moment = int(time.time()) + seconds
     date = formatdate(moment, usegmt=True)
     api.choose_fault = lambda request, sent: status(429, Retry_After=date)
@@ -665,7 +770,9 @@ def test_a_retry_after_can_be_a_date(module: types.ModuleType, api: LocalApi, se
 
 
 @both
-def test_a_client_waits_until_a_pause_is_over_or_it_is_stopped(module: types.ModuleType) -> None:
+def test_a_client_waits_until_a_pause_is_over_or_it_is_stopped(
+    module: types.ModuleType,
+) -> None:
     client = module.Client("a-key")
     stop = Event()
     assert client.wait(0, stop)
@@ -687,8 +794,12 @@ def test_an_error_says_its_own_reason_where_another_one_is_handled(
     module: types.ModuleType,
 ) -> None:
     _, fetch = call_of(module.Client("a-key", "http://127.0.0.1:9"))
-    with pytest.raises(module.NotAccepted, match=r"refused.*127\.0\.0\.1:9"):
+
+    def fetch_instead() -> None:
         try:
             raise KeyError("an error of the program's own")
         except KeyError:
             fetch("any-id")
+
+    with pytest.raises(module.NotAccepted, match=r"refused.*127\.0\.0\.1:9"):
+        fetch_instead()

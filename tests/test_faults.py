@@ -119,7 +119,9 @@ REFUSALS = {
 BUSY = {
     "429": status(429),
     "429 with Retry-After in seconds": status(429, Retry_After="1"),
-    "429 with Retry-After as a date": status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+    "429 with Retry-After as a date": status(
+        429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"
+    ),
     "429 with a nonsense Retry-After": status(429, Retry_After="99999999 eggs"),
     "429 with a negative Retry-After": status(429, Retry_After="-5"),
     "429 with an impossible date": status(429, Retry_After="Wed, 99 Oct 99999 07:28:00 GMT"),
@@ -150,12 +152,15 @@ POLL_FAULTS = (
 WHOLE_ANSWERS = {
     "closed early": overstate,
     "stalled": raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nBODY", stalls=True),
-    "closed a terabyte early": raw(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\nBODY"),
+    "closed a terabyte early": raw(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\nBODY"
+    ),
     "chunked and closed": raw(
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nLENGTH\r\nBODY\r\n"
     ),
     "chunked and stalled": raw(
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nLENGTH\r\nBODY\r\n", stalls=True
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nLENGTH\r\nBODY\r\n",
+        stalls=True,
     ),
 }
 
@@ -315,7 +320,9 @@ def test_polls_that_always_fail_leave_what_can_be_resumed(single: Example) -> No
 
 
 @pytest.mark.parametrize("fault", cases(POLL_FAULTS, "reset", "404", "403"))
-def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(group: Example, fault: Fault) -> None:
+def test_a_group_that_can_not_be_polled_is_left_to_be_resumed(
+    group: Example, fault: Fault
+) -> None:
     group.edit(MAX_POLL_ATTEMPTS=2)
     group.api.choose_fault = faulty(fault, polls=True)
     run = group.run()
@@ -408,7 +415,9 @@ def test_submissions_that_may_be_accepted_are_shown_as_unknown(single: Example) 
 
 
 @pytest.mark.parametrize("fault", cases(NO_ANSWER, "503 with Retry-After", "dripping"))
-def test_a_group_that_may_be_accepted_is_shown_as_unknown(group: Example, fault: Fault) -> None:
+def test_a_group_that_may_be_accepted_is_shown_as_unknown(
+    group: Example, fault: Fault
+) -> None:
     group.api.choose_fault = faulty(after(fault), polls=False)
     run = group.run()
     assert run.code == 1
@@ -424,7 +433,11 @@ def test_an_outage_leaves_most_requests_not_sent(single: Example) -> None:
     def fail(request: web.Request, sent: Json) -> Fault | None:
         if request.method == "POST":
             submissions.append(request)
-        return status(503, "down") if len(submissions) >= 20 and request.method == "POST" else None
+        return (
+            status(503, "down")
+            if len(submissions) >= 20 and request.method == "POST"
+            else None
+        )
 
     single.edit(NUM_REQUESTS=300, MAX_CONCURRENT_POLLS=5)
     single.api.choose_fault = fail
@@ -432,11 +445,12 @@ def test_an_outage_leaves_most_requests_not_sent(single: Example) -> None:
     assert run.code == 1
     counts = Counter(run.states.values())
     assert counts["Success"] == 19
-    # Five in a row, and those that were under way when the fifth ended.
-    assert 5 <= counts["Unknown"] <= 9
+    # Five in a row and four more that are under way then. Before them come few: up to four for
+    # each of the four at most that were under way, and were accepted, when the first one failed.
+    assert 5 <= counts["Unknown"] <= 25
     assert counts["Not sent"] == 300 - 19 - counts["Unknown"]
     text = " ".join(run.stdout.split())
-    assert "Nothing more was submitted: 5 submissions in a row: HTTP 503: down" in text
+    assert "Nothing more was submitted: 5 in a row: HTTP 503: down" in text
     check_resume_command(run, "--submit")
     mend(single)
     again = single.run("--resume", f"results/{run.results.name}", "--submit")
@@ -446,7 +460,7 @@ def test_an_outage_leaves_most_requests_not_sent(single: Example) -> None:
     }
 
 
-OUTAGE = "Uncertain: 5 submissions in a row: HTTP 500: out of order"
+OUTAGE = "Uncertain: 5 in a row: HTTP 500: out of order"
 # The answers to ten submissions, one after another, and what they come to.
 # u: uncertain; r: refused; b: busy once, and then accepted; .: accepted
 IN_A_ROW = {
@@ -459,7 +473,9 @@ IN_A_ROW = {
 
 
 @pytest.mark.parametrize("answers", IN_A_ROW)
-def test_five_uncertain_submissions_in_a_row_are_the_last(api: LocalApi, answers: str) -> None:
+def test_five_uncertain_submissions_in_a_row_are_the_last(
+    api: LocalApi, answers: str
+) -> None:
     module = MODULES[SINGLE]
     records = [module.new_record(f"req-{number}", "Where?") for number in range(10)]
     faults = {"u": status(500), "r": status(400), "b": status(429)}
@@ -501,7 +517,9 @@ def test_what_surely_was_not_accepted_is_sent_again(script: str, api: LocalApi) 
     assert len(api.generations) == 2 * len(BUSY)
 
 
-def test_a_submission_that_surely_was_not_accepted_is_sent_again(example: Example) -> None:
+def test_a_submission_that_surely_was_not_accepted_is_sent_again(
+    example: Example,
+) -> None:
     example.api.choose_fault = faulty(status(429, Retry_After="1"), polls=False, times=1)
     run = example.run()
     assert run.code == 0, run.stdout
@@ -564,7 +582,9 @@ def test_each_refusal_fails_what_it_refuses(script: str, api: LocalApi) -> None:
 
 
 def test_a_refused_submission_fails_alone(example: Example) -> None:
-    example.api.choose_fault = faulty(status(400, "too many tokens"), polls=False, only="req-002")
+    example.api.choose_fault = faulty(
+        status(400, "too many tokens"), polls=False, only="req-002"
+    )
     run = example.run()
     is_single = example.script == SINGLE
     assert run.code == 1
@@ -721,7 +741,10 @@ def test_answers_that_have_arrived_are_all_that_a_run_needs(example: Example) ->
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_answer_that_comes_late_is_taken(script: str, api: LocalApi) -> None:
     api.choose_fault = lambda request, sent: answer_slowly
-    assert submit(new_client(MODULES[script], api), "req-001") in [*api.groups, *api.generations]
+    assert submit(new_client(MODULES[script], api), "req-001") in [
+        *api.groups,
+        *api.generations,
+    ]
 
 
 # Connections
@@ -751,7 +774,9 @@ def test_a_connection_that_was_idle_for_long_is_closed(
     assert len(api.connections) == connections
 
 
-def run_program(example: Example, program: str, *arguments: str) -> subprocess.CompletedProcess:
+def run_program(
+    example: Example, program: str, *arguments: str
+) -> subprocess.CompletedProcess:
     """Run a program that imports the script, which lies beside it."""
     path = example.folder / "program.py"
     path.write_text(program, "utf-8")
@@ -769,6 +794,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="forks, or looks
 
 FORK = """
 import json, os, signal, sys
+from pathlib import Path
 from async_polling_example import Client, Results, new_record
 
 client = Client(timeout_seconds=10)
@@ -811,14 +837,18 @@ os.kill(os.getpid(), signal.SIGKILL)  # what was saved is on file
 
 @linux_only
 @pytest.mark.parametrize("ending", ["os._exit", "sys.exit"])
-def test_a_fork_has_connections_of_its_own_and_no_results(single: Example, ending: str) -> None:
+def test_a_fork_has_connections_of_its_own_and_no_results(
+    single: Example, ending: str
+) -> None:
     program = run_program(single, FORK, ending)
     assert program.returncode == -9, program.stderr
     assert program.stdout.count("kept.db was opened by another process") == 4
     names = ("parent", "first", "second", "parent-again")
     for name in names:
         ids = json.loads((single.folder / f"{name}.json").read_text())
-        given = {single.api.generations[ids[custom_id]].custom_id: custom_id for custom_id in ids}
+        given = {
+            single.api.generations[ids[custom_id]].custom_id: custom_id for custom_id in ids
+        }
         assert given == {custom_id: custom_id for custom_id in ids}
     assert len(single.api.generations) == 10 * len(names)
     assert len(single.api.connections) == 3  # the parent's, and one for each child
@@ -847,7 +877,9 @@ print(most)
 
 
 @linux_only
-def test_the_connections_of_a_pool_are_closed_when_its_threads_have_ended(single: Example) -> None:
+def test_the_connections_of_a_pool_are_closed_when_its_threads_have_ended(
+    single: Example,
+) -> None:
     program = run_program(single, POOLS)
     assert program.returncode == 0, program.stderr
     assert len(single.api.connections) >= 20  # each pool has connections of its own

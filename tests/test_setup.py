@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import socket
 import ssl
 import sys
@@ -14,7 +15,17 @@ from typing import Any
 
 import pytest
 import trustme
-from conftest import API_KEY, GROUP, SCRIPTS, SINGLE, Example, faulty, in_turn, load, one_each
+from conftest import (
+    API_KEY,
+    GROUP,
+    SCRIPTS,
+    SINGLE,
+    Example,
+    faulty,
+    in_turn,
+    load,
+    one_each,
+)
 from local_api import LocalApi, status
 
 # Mistakes in the configuration, found by main in this process
@@ -22,7 +33,10 @@ from local_api import LocalApi, status
 
 @pytest.fixture(params=SCRIPTS)
 def module(
-    request: pytest.FixtureRequest, tmp_path: Path, api: LocalApi, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    api: LocalApi,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> types.ModuleType:
     """Each of the two scripts, imported, in an empty folder and with the local API."""
     monkeypatch.chdir(tmp_path)
@@ -53,27 +67,29 @@ def find_mistake(
     return run_main
 
 
-WHOLE_NUMBERS = ("NUM_REQUESTS", "MAX_TOKENS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS")
-SECONDS = ("POLL_INTERVAL_SECONDS", "REQUEST_TIMEOUT_SECONDS")
 NO_NUMBERS = ["ten", "1", None, 0, -1, float("nan"), float("inf"), 1_000_001]
-BAD_CONSTANTS: list[tuple[str, Any]] = [
-    *((name, value) for name in WHOLE_NUMBERS for value in [*NO_NUMBERS, 2.5]),
-    *((name, value) for name in SECONDS for value in [*NO_NUMBERS, -0.5]),
-    *(("RESULTS_DIR", value) for value in (None, 7, b"results", Path("results"))),
-]
+BAD_CONSTANTS: dict[str, list[Any]] = {
+    "NUM_REQUESTS": [*NO_NUMBERS, 2.5],
+    "MAX_TOKENS": [*NO_NUMBERS, 2.5],
+    "MAX_POLL_ATTEMPTS": [*NO_NUMBERS, 2.5],
+    "MAX_CONCURRENT_POLLS": [*NO_NUMBERS, 2.5],
+    "POLL_INTERVAL_SECONDS": [*NO_NUMBERS, -0.5],
+    "REQUEST_TIMEOUT_SECONDS": [*NO_NUMBERS, -0.5],
+    "RESULTS_DIR": [None, 7, b"results", Path("results")],
+}
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_CONSTANTS, ids=map(str, BAD_CONSTANTS))
+@pytest.mark.parametrize("name", BAD_CONSTANTS)
 def test_a_constant_that_can_not_be_used_is_named_with_its_value(
     find_mistake: Callable[[], str],
     module: types.ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    value: Any,
 ) -> None:
-    is_missing = name == "MAX_CONCURRENT_POLLS" and module.__name__ == Path(GROUP).stem
-    assert hasattr(module, name) != is_missing
-    if not is_missing:
+    if name == "MAX_CONCURRENT_POLLS" and module.__name__ == Path(GROUP).stem:
+        assert not hasattr(module, name)
+        return
+    for value in BAD_CONSTANTS[name]:
         monkeypatch.setattr(module, name, value)
         error = find_mistake()
         assert f" {name} must be " in error
@@ -121,7 +137,9 @@ BAD_QUESTIONS: list[tuple[Any, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("questions", "words"), BAD_QUESTIONS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("questions", "words"), BAD_QUESTIONS, ids=lambda value: str(value)[:30]
+)
 def test_questions_that_can_not_be_asked(
     find_mistake: Callable[[], str],
     module: types.ModuleType,
@@ -145,7 +163,10 @@ BAD_REQUESTS: dict[str, tuple[Any, list[str]]] = {
     "another custom id": ({"metadata": {"custom_id": "mine"}}, ["'req-001'", "'mine'"]),
     "a custom id that is no text": ({"metadata": {"custom_id": 1}}, ["'req-001'"]),
     "a set, which JSON does not have": (REPEATED | {"stop": {"."}}, ["JSON"]),
-    "not a number, which JSON does not have": (REPEATED | {"top_p": float("nan")}, ["JSON"]),
+    "not a number, which JSON does not have": (
+        REPEATED | {"top_p": float("nan")},
+        ["JSON"],
+    ),
 }
 
 
@@ -204,29 +225,29 @@ BAD_URLS = [
     "https://example.com/v1\nsecret",
     "the-secret-key-that-belongs-into-the-other-variable",
 ]
-BAD_ENVIRONMENT = [
-    *(("INFERENCE_API_KEY", value) for value in BAD_KEYS),
-    *(("INFERENCE_BASE_URL", value) for value in BAD_URLS),
-]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_ENVIRONMENT, ids=map(repr, BAD_ENVIRONMENT))
-def test_a_variable_that_can_not_be_used_is_named_and_not_shown(
-    find_mistake: Callable[[], str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    value: str | None,
+def test_a_key_that_can_not_be_used_is_not_shown(
+    find_mistake: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if value is None:
-        monkeypatch.delenv(name)
-    else:
-        monkeypatch.setenv(name, value)
-    error = find_mistake()
-    assert name in error
-    assert "sec" not in error
-    if name == "INFERENCE_API_KEY":
+    for key in BAD_KEYS:
+        monkeypatch.setenv("INFERENCE_API_KEY", key or "")
+        if key is None:
+            monkeypatch.delenv("INFERENCE_API_KEY")
+        error = find_mistake()
+        assert "sec" not in error, key
+        assert "set INFERENCE_API_KEY" in error
         assert "https://inference.net" in error  # where keys come from
-    else:
+
+
+def test_an_address_that_can_not_be_used_is_not_shown(
+    find_mistake: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for url in BAD_URLS:
+        monkeypatch.setenv("INFERENCE_BASE_URL", url)
+        error = find_mistake()
+        assert "sec" not in error, url
+        assert "INFERENCE_BASE_URL" in error
         assert "https://api.inference.net/v1" in error
 
 
@@ -287,7 +308,9 @@ def test_plain_http_to_this_machine_is_fine(
 
 
 def test_settings_that_are_fine(example: Example, tmp_path: Path) -> None:
-    example.edit(RESULTS_DIR="~/kept/here", POLL_INTERVAL_SECONDS=0.01, MAX_POLL_ATTEMPTS=1_000_000)
+    example.edit(
+        RESULTS_DIR="~/kept/here", POLL_INTERVAL_SECONDS=0.01, MAX_POLL_ATTEMPTS=1_000_000
+    )
     example.edit(REQUEST_TIMEOUT_SECONDS=2.5, MAX_TOKENS=1_000_000)
     home = tmp_path / "home"
     home.mkdir()
@@ -298,7 +321,10 @@ def test_settings_that_are_fine(example: Example, tmp_path: Path) -> None:
         "INFERENCE_BASE_URL": f" http://localhost:{example.api.port}/v1/ ",
     }
     assert example.run().code == 0
-    assert sorted(path.suffix for path in home.glob("kept/here/async-*")) == [".db", ".jsonl"]
+    assert sorted(path.suffix for path in home.glob("kept/here/async-*")) == [
+        ".db",
+        ".jsonl",
+    ]
     assert not (example.folder / "~").exists()
 
 
@@ -320,7 +346,13 @@ def test_an_address_without_v1_is_named(example: Example) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no-such-option"], ["a.db"], ["--resume", "a", "b"], ["--submit"], ["--submit=a"]],
+    [
+        ["--no-such-option"],
+        ["a.db"],
+        ["--resume", "a", "b"],
+        ["--submit"],
+        ["--submit=a"],
+    ],
     ids=" ".join,
 )
 def test_usage_that_is_wrong(
@@ -350,9 +382,14 @@ def test_help_fits_a_screen(example: Example) -> None:
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     text = " ".join(run.stdout.split())
-    for words in ("--resume [FILE]", "--submit", "INFERENCE_API_KEY", "INFERENCE_BASE_URL"):
+    for words in (
+        "--resume [FILE]",
+        "--submit",
+        "INFERENCE_API_KEY",
+        "INFERENCE_BASE_URL",
+    ):
         assert words in text
-    assert "without FILE the newest that has something pending" in text
+    assert re.search(r"without FILE\b.*\bnewest\b.*\bpending\b", text)
 
 
 # What requests would do on its own
@@ -415,7 +452,10 @@ def submit_one(module: types.ModuleType, timeout_seconds: float = 5) -> Outcome:
     """Submit a request where the environment leads; return its state and its error."""
     client = module.Client(timeout_seconds=timeout_seconds)
     record = module.new_record("my-1", "Why?")
-    with ThreadPoolExecutor(1) as pool, contextlib.suppress(module.NotAccepted, module.LockedOut):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        contextlib.suppress(module.NotAccepted, module.LockedOut),
+    ):
         list(module.submit_all(client, pool, [record], lambda records: None))
     return record.state, record.error
 
@@ -449,7 +489,10 @@ def test_a_connection_that_times_out(
     with unanswered_port() as port:
         monkeypatch.setenv("INFERENCE_BASE_URL", f"http://127.0.0.1:{port}/v1")
         state, error = submit_one(impatient, timeout_seconds=0.2)
-    assert (state, error) == ("Not sent", f"timed out (ConnectTimeout at 127.0.0.1:{port})")
+    assert (state, error) == (
+        "Not sent",
+        f"timed out (ConnectTimeout at 127.0.0.1:{port})",
+    )
 
 
 @pytest.mark.parametrize(
@@ -497,7 +540,10 @@ def test_two_dead_addresses_before_a_good_one(example: Example) -> None:
         text = THREE_ADDRESSES.format(ports=(first, second, example.api.port))
         (example.folder / "sitecustomize.py").write_text(text)
         url = f"http://localhost:{example.api.port}/v1"
-        example.environment |= {"INFERENCE_BASE_URL": url, "PYTHONPATH": str(example.folder)}
+        example.environment |= {
+            "INFERENCE_BASE_URL": url,
+            "PYTHONPATH": str(example.folder),
+        }
         run = example.run()
     assert run.code == 0, run.stdout
     assert set(run.states.values()) == {"Success"}
@@ -653,7 +699,8 @@ def test_a_proxy_that_refuses(
 
 
 @pytest.mark.parametrize(
-    "proxy", ["nonsense://proxy", "http://", "http://127.0.0.1:1", "http://[::1", "http://:port"]
+    "proxy",
+    ["nonsense://proxy", "http://", "http://127.0.0.1:1", "http://[::1", "http://:port"],
 )
 def test_a_proxy_that_is_none(
     tls_module: types.ModuleType,

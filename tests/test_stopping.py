@@ -22,7 +22,17 @@ from pathlib import Path
 from time import sleep
 
 import pytest
-from conftest import GROUP, HANG_SECONDS, SCRIPTS, SINGLE, Example, Run, faulty, load, read_results
+from conftest import (
+    GROUP,
+    HANG_SECONDS,
+    SCRIPTS,
+    SINGLE,
+    Example,
+    Run,
+    faulty,
+    load,
+    read_results,
+)
 from local_api import Fault, Json, LocalApi, Proceed, status, web
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -68,15 +78,36 @@ class Gate:
         return answer or await proceed()
 
 
+# Notes for how many calls the main thread waits. While it is still starting its worker threads, a
+# Ctrl-C can hide one of them from it.
+WAITING = """
+    wait_unharmed = wait
+
+    def wait(futures, *options):
+        Path("waiting").write_text(str(len(futures)))
+        return wait_unharmed(futures, *options)
+"""
+
+
 def start(example: Example, gate: Gate, *arguments: str) -> subprocess.Popen[str]:
-    """Start it, and wait until the gate holds what it is to hold."""
+    """Start it, and wait until the gate holds what it is to hold, and the main thread waits."""
+    if "wait_unharmed" not in (example.folder / example.script).read_text("utf-8"):
+        add(example, WAITING)
+    count = gate.count
+    waiting = example.folder / "waiting"
+    waiting.write_text("0")
     example.api.choose_fault = gate
     process = example.start(*arguments)
     assert gate.arrived.wait(30), process.poll()
+    while int(waiting.read_text() or 0) < count:
+        assert process.poll() is None
+        sleep(0.01)
     return process
 
 
-def interrupt(example: Example, gate: Gate, *arguments: str, number: int = signal.SIGINT) -> Run:
+def interrupt(
+    example: Example, gate: Gate, *arguments: str, number: int = signal.SIGINT
+) -> Run:
     """Run it until something has come to the gate, press Ctrl-C, and see it end."""
     process = start(example, gate, *arguments)
     process.send_signal(number)
@@ -203,7 +234,9 @@ def test_what_is_being_submitted_is_awaited(example: Example, number: int) -> No
     check_answers(run)
     assert run.stderr == ""  # and nothing more
     accepted = 5 if example.script == SINGLE else 20
-    assert Counter(run.states.values()) == Counter({"Queued": accepted, "Not sent": 20 - accepted})
+    assert Counter(run.states.values()) == Counter(
+        {"Queued": accepted, "Not sent": 20 - accepted}
+    )
     assert len(example.api.generations) == accepted
     assert on_file(run) == paid(example)
     name = f"results/{run.results.name}"
@@ -255,7 +288,9 @@ def test_a_second_ctrl_c_ends_at_once(single: Example, second: int) -> None:
 def test_a_second_ctrl_c_ends_the_submission_of_a_group(group: Example) -> None:
     group.edit(REQUEST_TIMEOUT_SECONDS=3600)
     path = put_on_file(group, "partly.db", ["Queued", "Not sent", "Not sent"])
-    process = start(group, Gate("POST", is_carried_out=True), "--resume", str(path), "--submit")
+    process = start(
+        group, Gate("POST", is_carried_out=True), "--resume", str(path), "--submit"
+    )
     process.send_signal(signal.SIGTERM)
     wait_until_it_says_so(process)
     process.send_signal(signal.SIGINT)
@@ -275,8 +310,9 @@ def test_a_second_ctrl_c_ends_the_submission_of_a_group(group: Example) -> None:
 
 def test_ctrl_c_during_a_long_retry_after(example: Example) -> None:
     come_later = status(429, Retry_After="100")
-    gate = Gate("POST", count=4 if example.script == SINGLE else 1, then=come_later)
-    run = interrupt(example, gate)
+    if example.script == SINGLE:
+        example.edit(MAX_CONCURRENT_POLLS=1)
+    run = interrupt(example, Gate("POST", then=come_later))
     assert set(run.states.values()) == {"Not sent"}
     assert len(example.api.generations) == 0
 
@@ -316,9 +352,12 @@ def test_a_run_of_1200_that_is_interrupted_is_told_in_few_lines(single: Example)
     check_interrupted(run)
     check_answers(run)
     assert Counter(run.states.values()) == {"Queued": 105, "Not sent": 1095}
-    assert counts(run) == {"Successful": 0, "Failed": 0, "Pending": 105, "Not sent": 1095} | {
-        "Total": 1200
-    }
+    assert counts(run) == {
+        "Successful": 0,
+        "Failed": 0,
+        "Pending": 105,
+        "Not sent": 1095,
+    } | {"Total": 1200}
     assert len(run.stdout.partition("SUMMARY")[2].splitlines()) < 150
     answers = run.results.with_suffix(".jsonl").name
     assert f"\n  ... and 1150 more in results/{answers}\n" in run.stdout
@@ -327,7 +366,9 @@ def test_a_run_of_1200_that_is_interrupted_is_told_in_few_lines(single: Example)
 
 def test_ctrl_c_while_a_run_is_opened(example: Example) -> None:
     os.mkfifo(example.folder / "questions")
-    example.replace("    questions = {}\n", '    questions = {}\n    open("questions").read()\n')
+    example.replace(
+        "    questions = {}\n", '    questions = {}\n    open("questions").read()\n'
+    )
     process = example.start()
     with open(example.folder / "questions", "w"):  # it has begun to read
         process.send_signal(signal.SIGINT)
@@ -351,7 +392,9 @@ def test_a_screen_that_nobody_reads_holds_back_no_id(single: Example) -> None:
     assert gate.arrived.wait(30), process.poll()
     gate.opened.set()
     process.send_signal(signal.SIGTERM)
-    while not list(single.folder.glob("results/*.jsonl")):  # then the summary is to be printed
+    while not list(
+        single.folder.glob("results/*.jsonl")
+    ):  # then the summary is to be printed
         assert process.poll() is None
         sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -471,11 +514,19 @@ def batches() -> dict[str, tuple[str, list[Step]]]:
         ),
         Step("never", {"Unknown": 12}),
         Step("a poll has arrived", {"Queued": 12}, Gate("GET"), is_after_a_look=True),
-        Step("the answers have arrived, and are not on file", {"Queued": 12}, save="before save 2"),
+        Step(
+            "the answers have arrived, and are not on file",
+            {"Queued": 12},
+            save="before save 2",
+        ),
         Step("never", {"Success": 12}),
     ]
     a_group_whose_id_arrives = [
-        Step("its id has arrived, and is not on file", {"Submitting": 12}, save="before save 5"),
+        Step(
+            "its id has arrived, and is not on file",
+            {"Submitting": 12},
+            save="before save 5",
+        ),
         Step("never", {"Unknown": 12}),
         Step("never", {"Success": 12}, is_after_a_look=True),
     ]
@@ -507,7 +558,9 @@ def test_a_batch_that_is_killed_again_and_again_is_answered_and_paid_for_once(
             example.edit(MAX_CONCURRENT_POLLS=step.workers)
         api.choose_fault = step.gate or (lambda request, body: None)
         example.environment = api.environment | {"KILL_AT": step.save}
-        process = example.start(*arguments, *["--submit"][: bool(arguments) and step.is_submitting])
+        process = example.start(
+            *arguments, *["--submit"][: bool(arguments) and step.is_submitting]
+        )
         if step.gate and not step.save:
             assert step.gate.arrived.wait(30), step
             process.kill()
@@ -615,7 +668,10 @@ def test_with_nothing_pending_nothing_is_sent(example: Example) -> None:
 
 def test_resume_takes_the_newest_with_something_pending(example: Example) -> None:
     prefix = "async-polling" if example.script == SINGLE else "async-group"
-    pending, later = f"{prefix}-20260102-000000-000000.db", f"{prefix}-20260103-000000-000000.db"
+    pending, later = (
+        f"{prefix}-20260102-000000-000000.db",
+        f"{prefix}-20260103-000000-000000.db",
+    )
     oldest = put_on_file(example, f"{prefix}-20260101-000000-000000.db", ["Queued"])
     put_on_file(example, pending, ["Queued", "Not sent"])
     put_on_file(example, later, ["Not sent", "Unknown"])
@@ -634,7 +690,12 @@ def test_resume_takes_the_newest_with_something_pending(example: Example) -> Non
 
 def test_the_file_of_an_earlier_version_is_refused(example: Example) -> None:
     path = example.folder / "old.jsonl"
-    row = {"custom_id": "req-001", "question": "Why?", "generation_id": "abc", "state": "Queued"}
+    row = {
+        "custom_id": "req-001",
+        "question": "Why?",
+        "generation_id": "abc",
+        "state": "Queued",
+    }
     path.write_text(json.dumps(row) + "\n")
     before = path.read_bytes()
     for more in ([], ["--submit"]):
@@ -714,7 +775,9 @@ def test_the_other_scripts_file_is_refused(example: Example, tmp_path: Path) -> 
 def test_another_programs_database_is_left_as_it_was(example: Example) -> None:
     path = example.folder / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("CREATE TABLE bookmarks (url); INSERT INTO bookmarks VALUES (1);")
+        connection.executescript(
+            "CREATE TABLE bookmarks (url); INSERT INTO bookmarks VALUES (1);"
+        )
     before = dump(path)
     run = example.run("--resume", "other.db")
     assert run.code == 2
@@ -746,7 +809,7 @@ def test_a_second_process_at_a_file_in_use_is_refused(example: Example) -> None:
         assert second.stdout == ""
         [told] = second.stderr.splitlines()
         assert name in told
-        assert "another process has it open" in told
+        assert "in use" in told
     if example.script == GROUP:
         assert len(example.api.calls) == sent
     gate.opened.set()
@@ -758,7 +821,9 @@ def test_threads_can_save_at_the_same_time(tmp_path: Path) -> None:
     for script in SCRIPTS:
         module = load(script)
         results = module.Results(tmp_path / f"{script}.db")
-        records = [module.new_record(f"req-{number}", "long " * 1000) for number in range(200)]
+        records = [
+            module.new_record(f"req-{number}", "long " * 1000) for number in range(200)
+        ]
         results.save(records)
         for record in records:
             record.state = "Success"
@@ -811,7 +876,9 @@ def test_a_disk_that_fills_up(single: Example, share: float) -> None:
     check_full_disk(single, run, before)
 
 
-def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(example: Example) -> None:
+def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(
+    example: Example,
+) -> None:
     example.edit(NUM_REQUESTS=50, REQUEST_TIMEOUT_SECONDS=10)
     at_once = 1
     if example.script == SINGLE:
@@ -902,7 +969,9 @@ LOSSES: dict[str, tuple[Callable[[Path], object], bool]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_file_that_is_lost_while_polling_costs_no_answer(example: Example, loss: str) -> None:
+def test_a_file_that_is_lost_while_polling_costs_no_answer(
+    example: Example, loss: str
+) -> None:
     lose, can_be_written = LOSSES[loss]
     example.edit(REQUEST_TIMEOUT_SECONDS=60)
     gate = Gate("GET")
@@ -931,7 +1000,9 @@ def test_a_file_that_is_lost_while_polling_costs_no_answer(example: Example, los
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
-def test_ctrl_c_puts_all_on_file_again_that_was_deleted(example: Example, method: str) -> None:
+def test_ctrl_c_puts_all_on_file_again_that_was_deleted(
+    example: Example, method: str
+) -> None:
     example.edit(REQUEST_TIMEOUT_SECONDS=60)
     gate = Gate(method, count=4 if example.script == SINGLE else 1)
     process = start(example, gate)
@@ -1005,9 +1076,9 @@ NO_THREAD = """
 def add_to_submissions(example: Example, code: str) -> None:
     """Add code to the loop that shows the submissions."""
     path = example.folder / example.script
-    loop = r"^( +)for \w+ in submit_all\(.*\):\n"
-    text, count = re.subn(loop, rf"\g<0>\1    {code}\n", path.read_text("utf-8"), flags=re.M)
-    assert count == 1
+    text = path.read_text("utf-8")
+    *_, loop = re.finditer(r"^( +)for \w+ in submit_all\(.*\):\n", text, re.M)
+    text = f"{text[: loop.end()]}{loop[1]}    {code}\n{text[loop.end() :]}"
     path.write_text(text, "utf-8")
 
 
@@ -1117,7 +1188,9 @@ def test_a_reader_that_goes_away_ends_it_quietly(example: Example, lines: int) -
         assert len(example.api.generations) == made
 
 
-def test_a_reader_that_goes_away_when_all_is_done_is_told_nothing(example: Example) -> None:
+def test_a_reader_that_goes_away_when_all_is_done_is_told_nothing(
+    example: Example,
+) -> None:
     process = example.start()
     assert process.stdout
     while "SUMMARY" not in process.stdout.readline():
