@@ -125,9 +125,9 @@ MAX_IDLE_SECONDS = 30  # routers forget a connection that was idle for longer
 
 
 def parse_json(content: bytes) -> Any:
-    """Return the JSON in the body of an answer, or None."""
+    """Return the JSON in the body of an answer, or None. NaN, which is no JSON, is a text."""
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=str)
     except (ValueError, RecursionError):
         return None
 
@@ -558,18 +558,20 @@ def submit_all(
     attempts), Uncertain, or what save raised.
     """
     check_records(records)
-    unsent = [record for record in records if record.state == NOT_SENT]
-    if len(unsent) > MAX_GROUP_SIZE:
-        raise ValueError(f"a group holds {MAX_GROUP_SIZE} requests, not {len(unsent)}")
+    waiting = [record for record in records if record.state == NOT_SENT]
+    if len(waiting) > MAX_GROUP_SIZE:
+        raise ValueError(f"a group holds {MAX_GROUP_SIZE} requests, not {len(waiting)}")
+    save(waiting)  # whatever ends the program, the file has the whole job
+    # Another submit_all may have taken some meanwhile.
+    unsent = [record for record in waiting if record.state == NOT_SENT]
     if not unsent:
         return
-    save(unsent)  # whatever ends the program, the file has the whole job
-    mark(unsent, SUBMITTING)  # another submit_all leaves them alone
+    mark(unsent, state=SUBMITTING)
     stop = Event()
     try:
         future = pool.submit(submit_in_worker, client, unsent, save, stop)
     except Exception:  # the pool is shut down, or can't start a thread
-        mark(unsent, NOT_SENT)
+        mark(unsent, state=NOT_SENT)
         raise
     try:
         while not future.done():
@@ -585,23 +587,20 @@ def submit_in_worker(client: Client, records: Records, save: Save, stop: Event) 
     """Submit a group. Try again only what surely was not accepted."""
     requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        last_error = records[0].error
-        mark(
-            records, SUBMITTING, last_error
-        )  # before the wait: nobody else may submit them meanwhile
+        mark(records, state=SUBMITTING)  # before the wait: nobody else may submit them
         if not client.wait(backoff_seconds(attempt), stop):  # stopped
-            mark(records, NOT_SENT, last_error)
+            mark(records, state=NOT_SENT)
             return
         try:
             save(records)
         except Exception:  # what can't be put on file is not sent
-            mark(records, NOT_SENT, last_error)
+            mark(records, state=NOT_SENT)
             raise
         try:
             group_id = client.submit_group(requests)
-            mark(records, QUEUED, group_id=group_id)
+            mark(records, state=QUEUED, group_id=group_id, error=None)
         except Exception as error:
-            mark(records, STATES.get(type(error), UNKNOWN), str(error))
+            mark(records, state=STATES.get(type(error), UNKNOWN), error=str(error))
             if not isinstance(error, Refused | NotAccepted):
                 raise
         finally:
@@ -611,14 +610,11 @@ def submit_in_worker(client: Client, records: Records, save: Save, stop: Event) 
     raise NotAccepted(f"{MAX_SUBMIT_ATTEMPTS} attempts: {records[0].error}")
 
 
-def mark(
-    records: Records, state: str, error: str | None = None, group_id: str | None = None
-) -> None:
-    """Note in each record what has come of the submission of their group."""
+def mark(records: Records, **changes: str | None) -> None:
+    """Change these fields in each of the records."""
     for record in records:
-        record.state = state
-        record.error = error
-        record.group_id = group_id
+        for name, value in changes.items():
+            setattr(record, name, value)
 
 
 def check_records(records: Records) -> None:

@@ -125,9 +125,9 @@ MAX_IDLE_SECONDS = 30  # routers forget a connection that was idle for longer
 
 
 def parse_json(content: bytes) -> Any:
-    """Return the JSON in the body of an answer, or None."""
+    """Return the JSON in the body of an answer, or None. NaN, which is no JSON, is a text."""
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=str)
     except (ValueError, RecursionError):
         return None
 
@@ -602,7 +602,7 @@ def hand_out(
 def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) -> None:
     """Submit one request. Try again only what surely was not accepted."""
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        record.state = SUBMITTING  # before the wait: nobody else may submit it meanwhile
+        record.state = SUBMITTING  # before the wait: nobody else may submit it
         if not client.wait(backoff_seconds(attempt), stop):  # stopped
             record.state = NOT_SENT
             return

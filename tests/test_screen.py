@@ -264,7 +264,7 @@ def ask(example: Example, questions: dict[str, str]) -> None:
     )
 
 
-def with_text(shown: Json, text: str | None) -> Json:
+def with_text(shown: Json, text: str) -> Json:
     """Give a generation another answer."""
     return shown | {"response": {"choices": [{"message": {"content": text}}]}}
 

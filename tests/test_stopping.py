@@ -1051,7 +1051,6 @@ def test_more_workers_than_file_descriptors_lose_no_id(single: Example) -> None:
     run = single.finish(process)
     assert run.code == 1
     assert len(paid(single)) > 200
-    assert len(run.answers) == 300
     assert on_file(run) | set(shown_ids(run).values()) == paid(single)
     single.edit(MAX_CONCURRENT_POLLS=20)
     submitted = single.run("--resume", str(run.results), "--submit")
