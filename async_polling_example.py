@@ -54,7 +54,7 @@ import sys
 import textwrap
 import threading
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -424,8 +424,8 @@ def new_record(custom_id: str, question: str) -> Record:
 
 
 def check_record(record: Record) -> None:
-    """Raise ValueError, or TypeError if the request is no JSON, for what can't be submitted."""
-    json.dumps(record.request)
+    """Raise ValueError or TypeError for what can't be submitted, as a request that is no JSON."""
+    json.dumps(record.request, allow_nan=False)
     repeated = find(record.request, str, "metadata", "custom_id")
     if not repeated or repeated != record.custom_id:
         raise ValueError(
@@ -575,7 +575,7 @@ def submit_all(
                 error = error or future.exception()
                 last_states.append(record.state)
                 if waiting and not error and last_states.count(UNKNOWN) == MAX_UNCERTAIN:
-                    error = Uncertain(f"{MAX_UNCERTAIN} in a row: {record.error}")
+                    error = Uncertain(f"{MAX_UNCERTAIN} uncertain in a row: {record.error}")
                 if error:
                     waiting.clear()
                     stop.set()
@@ -733,25 +733,33 @@ class Screen:
     def print(self, text: str) -> None:
         """Print a line in the place of the live line."""
         with self.lock:
-            if self.has_live_line:
-                print("\r" + " " * (self.columns - 1), end="\r")
-            self.has_live_line = False
+            self.erase()
             print(text)
 
+    def erase(self) -> None:
+        """Remove the live line."""
+        if self.has_live_line:
+            print("\r" + " " * (self.columns - 1), end="\r")
+        self.has_live_line = False
+
     def redraw(self) -> None:
-        """Print the live line again and again: the states of the watched records, and the time."""
+        """Print the live line again and again: how many are in which state, for how long."""
         while True:
             sleep(REDRAW_SECONDS if self.is_terminal else REPEAT_SECONDS)
             states = Counter(record.state.lower() for record in self.watched)
-            text = ", ".join(f"{count} {state}" for state, count in states.items())
-            seconds = timedelta(seconds=int(monotonic() - self.started_at))
-            line = "  " + shorten(f"⏳ {text}, {seconds}", self.columns - 3)
+            parts = [f"{count} {state}" for state, count in sorted(states.items())]
+            parts.append(str(timedelta(seconds=int(monotonic() - self.started_at))))
+            # An accepted record has an error only while its polls fail.
+            errors = [record.error for record in self.watched if record.outcome == PENDING]
+            text = ", ".join(parts + [error for error in errors if error][:1])
+            line = "  " + shorten(f"⏳ {text}", self.columns - 3)
             with (
                 self.lock,
                 suppress(OSError),
             ):  # stdout is closed: the main thread will notice
                 if self.watched and self.is_terminal:
-                    print(f"\r{line:<{self.columns - 2}}", end="", flush=True)
+                    self.erase()
+                    print(line, end="", flush=True)
                     self.has_live_line = True
                 elif self.watched:
                     print(line)
@@ -788,8 +796,10 @@ def printable(text: str) -> str:
 
 
 def width(text: str) -> int:
-    """Return how many columns of a terminal text takes: a Chinese letter takes two."""
-    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    """Return how many columns of a terminal text takes: a Chinese letter two, an accent none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    accents = sum(unicodedata.category(letter) in ("Mn", "Me") for letter in text)
+    return len(text) + wide - accents
 
 
 def shorten(text: str, columns: int) -> str:
@@ -886,7 +896,9 @@ def show_table(records: Records, columns: int, path: Path) -> None:
 
 def answer_cell(record: Record, columns: int) -> str:
     """Return what the table shows of an answer, cut between two words if there are some."""
-    text = record.error or record.response or ""
+    text = record.error or record.response
+    if text is None and record.outcome != SUCCESS:
+        return ""
     if not isinstance(text, str):
         return "(no text: see the file)"
     if record.finish_reason == "length":
@@ -898,10 +910,16 @@ def answer_cell(record: Record, columns: int) -> str:
 
 
 def show_reasons(records: Records) -> None:
-    """Print why requests have no answer: each reason once, with how many have it."""
-    reasons = Counter(record.error for record in records if record.error)
-    for reason, count in reasons.most_common(MAX_ROWS):
-        print(f"\n  {count} without an answer:\n{wrap(str(reason), '      ')}")
+    """Print why requests have no answer: each reason once, with the requests that have it."""
+    ids_by_reason = defaultdict(list)
+    for record in records:
+        if record.error:
+            ids_by_reason[record.error].append(record.custom_id)
+    for reason, custom_ids in list(ids_by_reason.items())[:MAX_ROWS]:
+        print(
+            f"\n  {len(custom_ids)} without an answer: {shorten(', '.join(custom_ids), 50)}"
+        )
+        print(wrap(reason, "      "))
 
 
 def show_lost_ids(records: Records, path: Path) -> None:
@@ -956,7 +974,8 @@ def check_configuration() -> None:
         if name.endswith("_SECONDS"):
             is_number = isinstance(value, int | float)
         if not is_number or not 0 < value <= 1_000_000:
-            raise ValueError(f"{name} must be a number from 1 to 1,000,000, not {value!r}")
+            kind = "number" if name.endswith("_SECONDS") else "whole number"
+            raise ValueError(f"{name} must be a {kind} up to 1,000,000, not {value!r}")
     if not isinstance(RESULTS_DIR, str):
         raise ValueError(f"RESULTS_DIR must be a text, not {RESULTS_DIR!r}")
 
@@ -1015,7 +1034,10 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(2, b"\n  Stopping when what is being submitted has ended. Ctrl-C: now\n")
+            os.write(
+                2,
+                b"\n  Stopping when what is being submitted has ended. Ctrl-C again: at once\n",
+            )
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -1039,7 +1061,7 @@ def run(
             for record in submit_all(client, pool, unsent, results.save):
                 screen.print_submission(record, len(unsent))
     except ApiError as error:
-        screen.notes.append(f"Nothing more was submitted: {error}")
+        screen.notes.append(f"The submitting has ended: {error}")
     try:
         pending = [record for record in records if record.outcome == PENDING]
         if pending:

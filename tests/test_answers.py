@@ -787,19 +787,3 @@ def test_a_client_waits_until_a_pause_is_over_or_it_is_stopped(
         waiting = pool.submit(client.wait, 0, stop)
         stop.set()
         assert not waiting.result()
-
-
-@both
-def test_an_error_says_its_own_reason_where_another_one_is_handled(
-    module: types.ModuleType,
-) -> None:
-    _, fetch = call_of(module.Client("a-key", "http://127.0.0.1:9"))
-
-    def fetch_instead() -> None:
-        try:
-            raise KeyError("an error of the program's own")
-        except KeyError:
-            fetch("any-id")
-
-    with pytest.raises(module.NotAccepted, match=r"refused.*127\.0\.0\.1:9"):
-        fetch_instead()

@@ -851,10 +851,18 @@ def watch_file(example: Example) -> dict[str, list[int]]:
     return sizes
 
 
+def start_with_room_for(example: Example, size: int) -> subprocess.Popen[str]:
+    """Start it; none of its files can be larger than size. So Python must write no bytecode."""
+    example.environment = example.api.environment | {"PYTHONDONTWRITEBYTECODE": "1"}
+    process = example.start(file_limit=size)
+    example.environment = example.api.environment
+    return process
+
+
 @pytest.mark.parametrize("size", [0, 4000, 16_000, 24_000])
 def test_a_disk_that_is_full_from_the_start(example: Example, size: int) -> None:
     example.edit(NUM_REQUESTS=20)
-    run = example.run(file_limit=size)
+    run = example.finish(start_with_room_for(example, size))
     assert not example.api.calls
     if run.code == 2:
         assert run.stdout == ""
@@ -872,7 +880,7 @@ def test_a_disk_that_fills_up(single: Example, share: float) -> None:
     sizes = watch_file(single)
     before = paid(single)
     start, end = min(sizes["POST"]), max(sizes["GET"])
-    run = single.run(file_limit=start + int(share * (end - start)))
+    run = single.finish(start_with_room_for(single, start + int(share * (end - start))))
     check_full_disk(single, run, before)
 
 
@@ -894,7 +902,7 @@ def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(
     example.finish(process)
     gate = Gate("POST", at_once)
     example.api.choose_fault = gate
-    process = example.start(file_limit=size + 100)
+    process = start_with_room_for(example, size + 100)
     assert gate.arrived.wait(30)
     gate.opened.set()
     run = example.finish(process)
@@ -934,7 +942,7 @@ def test_a_disk_that_is_full_while_polling(example: Example, which: int) -> None
     if example.script == SINGLE:
         example.edit(MAX_CONCURRENT_POLLS=1)
     size = watch_file(example)["GET"][which]
-    run = example.run(file_limit=size + 100)
+    run = example.finish(start_with_room_for(example, size + 100))
     assert run.code == 1
     assert "complete!" not in run.stdout
     assert "\n Not complete: " in run.stdout
