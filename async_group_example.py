@@ -30,6 +30,9 @@ The parts of this file:
 
 A program of your own needs no more than this. Run again, it goes on where it was:
 
+    from concurrent.futures import ThreadPoolExecutor
+    from async_group_example import Client, Results, new_record, poll_all, submit_all
+
     client = Client()
     results = Results("my_program.db")
     records = results.load() or [new_record("my-id", "What is 2 + 2?")]
@@ -538,15 +541,6 @@ CHECK_SECONDS = 0.05  # how often the loops look up; on Windows, also for Ctrl-C
 Save = Callable[[Records], object]  # called in a worker thread
 
 
-# What has become of the requests of a group whose submission failed
-STATES: dict[type[Exception], str] = {
-    Refused: FAILED,
-    LockedOut: NOT_SENT,
-    NotAccepted: NOT_SENT,
-    Uncertain: UNKNOWN,
-}
-
-
 def submit_all(
     client: Client, pool: Executor, records: Records, save: Save
 ) -> Iterator[Records]:
@@ -557,6 +551,7 @@ def submit_all(
     sent, also for too many; after the records were yielded, LockedOut, NotAccepted (five
     attempts), Uncertain, or what save raised.
     """
+    records = list(records)
     check_records(records)
     waiting = [record for record in records if record.state == NOT_SENT]
     if len(waiting) > MAX_GROUP_SIZE:
@@ -600,7 +595,7 @@ def submit_in_worker(client: Client, records: Records, save: Save, stop: Event) 
             group_id = client.submit_group(requests)
             mark(records, state=QUEUED, group_id=group_id, error=None)
         except Exception as error:
-            mark(records, state=STATES.get(type(error), UNKNOWN), error=str(error))
+            mark(records, state=state_after(error), error=str(error))
             if not isinstance(error, Refused | NotAccepted):
                 raise
         finally:
@@ -615,6 +610,15 @@ def mark(records: Records, **changes: str | None) -> None:
     for record in records:
         for name, value in changes.items():
             setattr(record, name, value)
+
+
+def state_after(error: Exception) -> str:
+    """Return what has become of a request whose submission failed with this error."""
+    if isinstance(error, Refused):
+        return FAILED
+    if isinstance(error, LockedOut | NotAccepted):
+        return NOT_SENT
+    return UNKNOWN
 
 
 def check_records(records: Records) -> None:

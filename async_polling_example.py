@@ -30,10 +30,13 @@ The parts of this file:
 
 A program of your own needs no more than this. Run again, it goes on where it was:
 
+    from concurrent.futures import ThreadPoolExecutor
+    from async_polling_example import Client, Results, new_record, poll_all, submit_all
+
     client = Client()
     results = Results("my_program.db")
     records = results.load() or [new_record("my-id", "What is 2 + 2?")]
-    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
+    with ThreadPoolExecutor(5) as pool:
         for record in submit_all(client, pool, records, results.save):
             print(record.custom_id, record.outcome, record.error)
         for record in poll_all(client, pool, records, results.save):
@@ -532,13 +535,6 @@ MAX_SUBMIT_ATTEMPTS = 5
 MAX_UNCERTAIN = 5  # in a row
 CHECK_SECONDS = 0.05  # how often the loops look up; on Windows, also for Ctrl-C
 Save = Callable[[Records], object]  # called in worker threads, several at a time
-# What has become of a request whose submission failed
-STATES: dict[type[Exception], str] = {
-    Refused: FAILED,
-    LockedOut: NOT_SENT,
-    NotAccepted: NOT_SENT,
-    Uncertain: UNKNOWN,
-}
 
 
 def submit_all(
@@ -555,6 +551,7 @@ def submit_all(
     ValueError or TypeError before anything is sent; when what was under way has ended,
     LockedOut, NotAccepted (five attempts), Uncertain (five in a row), or what save raised.
     """
+    records = list(records)
     check_records(records)
     waiting = deque(record for record in records if record.state == NOT_SENT)
     save(list(waiting))  # whatever ends the program, the file has the whole job
@@ -616,7 +613,7 @@ def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) ->
             record.state = QUEUED
             record.error = None
         except Exception as error:
-            record.state = STATES.get(type(error), UNKNOWN)
+            record.state = state_after(error)
             record.error = str(error)
             if isinstance(error, LockedOut) or not isinstance(error, ApiError):
                 raise
@@ -625,6 +622,15 @@ def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) ->
         if record.state != NOT_SENT:
             return
     raise NotAccepted(f"{MAX_SUBMIT_ATTEMPTS} attempts: {record.error}")
+
+
+def state_after(error: Exception) -> str:
+    """Return what has become of a request whose submission failed with this error."""
+    if isinstance(error, Refused):
+        return FAILED
+    if isinstance(error, LockedOut | NotAccepted):
+        return NOT_SENT
+    return UNKNOWN
 
 
 def check_records(records: Records) -> None:

@@ -784,10 +784,9 @@ def group_kit(
 class Hold:
     """Holds calls at the API until they are released; tells when so many have arrived."""
 
-    def __init__(self, method: str, count: int, custom_id: str | None = None) -> None:
+    def __init__(self, method: str, count: int) -> None:
         self.method = method
         self.count = count
-        self.custom_id = custom_id
         self.arrived = threading.Event()
         self.released = threading.Event()
 
@@ -1036,6 +1035,32 @@ def test_what_nobody_foresaw_is_raised_and_leaves_nothing_being_sent(kit: Kit) -
         kit.submit(records, client=Client(API_KEY, kit.api.url))
     # It may have been sent: whether it was, nobody knows.
     assert {record.outcome for record in records} <= {"Unknown", "Not sent"}
+
+
+MEANINGS = {
+    "Refused": "Failed",
+    "LockedOut": "Not sent",
+    "NotAccepted": "Not sent",
+    "Uncertain": "Unknown",
+}
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_an_error_of_ones_own_means_what_its_base_means(kit: Kit, name: str) -> None:
+    class SpecialError(getattr(kit.module, name)):  # type: ignore[misc]
+        pass
+
+    class Client(kit.module.Client):  # type: ignore[misc, name-defined]
+        def call(self, *arguments: Any) -> Json:
+            raise SpecialError("a reason")
+
+        def wait(self, seconds: float, stop: threading.Event) -> bool:
+            return not stop.is_set()
+
+    records = kit.records(1)
+    with suppress(kit.module.ApiError):
+        kit.submit(records, client=Client(API_KEY, kit.api.url))
+    assert (records[0].outcome, records[0].error) == (MEANINGS[name], "a reason")
 
 
 def test_a_pool_that_takes_no_more_leaves_the_records_not_sent(kit: Kit) -> None:

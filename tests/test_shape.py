@@ -55,7 +55,8 @@ def above(script: str, part: str) -> str:
 DIFFERENT = {
     *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS"),
     *("Record.outcome", "Record.update", "SCHEMA", "UPSERT", "Results.load"),
-    *("Save", "submit_all", "submit_in_worker", "poll_all", "poll_in_worker", "STATES"),
+    *("# submit_all and poll_all", "Save"),
+    *("submit_all", "submit_in_worker", "poll_all", "poll_in_worker"),
     "MARKS",
     *("Screen.__init__", "Screen.print_submission", "show_figures", "show_lost_ids"),
     *("PREFIX", "OTHER_SCRIPT", "check_configuration", "new_records"),
@@ -67,14 +68,13 @@ ONLY_SINGLE = {
     *("from concurrent.futures import Future", "MAX_CONCURRENT_POLLS"),
     *("Client.submit_generation", "Client.fetch_generation"),
     *("MAX_UNCERTAIN", "MAX_LISTED", "Screen.print_answer"),
-    "# Worker threads make",
+    "hand_out",
 }
 # ... and those of a group, whose generations have to be matched.
 ONLY_GROUP = {
     *("Client.submit_group", "Client.fetch_group", "MAX_GROUP_SIZE"),
     *("NO_MATCH", "Record.group_id", "mark", "match"),
     *("Screen.print_questions", "Screen.print_poll"),
-    "# A worker thread",
 }
 
 
