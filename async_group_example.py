@@ -452,10 +452,9 @@ def mark_interrupted(records: Records) -> None:
             record.error = "the program ended while it was being sent"
 
 
-# One process at a time can have the file open. What was saved survives a kill of the program.
-# The trigger: a program that forgets to load its records must not pay for them again.
+# What was saved survives a kill of the program. The trigger: a program that forgets to load
+# its records must not pay for them again.
 SCHEMA = """
-    PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS group_requests (
@@ -465,6 +464,7 @@ SCHEMA = """
     WHEN new.is_new AND NOT old.is_new
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 """
+OTHERS = "SELECT 1 FROM sqlite_master WHERE tbl_name != 'group_requests'"
 UPSERT = """
     INSERT INTO group_requests VALUES (?, ?, ?)
     ON CONFLICT (custom_id) DO UPDATE SET is_new = excluded.is_new, record = excluded.record
@@ -486,6 +486,12 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+            # One process at a time can have the file open.
+            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if self.connection.execute(OTHERS).fetchone():
+                raise sqlite3.Error(
+                    "another program made it, perhaps async_polling_example.py"
+                )
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
             raise OSError(f"can't open {path}, or it is in use already: {error}") from error
@@ -861,7 +867,8 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
+    wrapper = textwrap.TextWrapper(80, indent, indent, break_on_hyphens=False)
+    return wrapper.fill(printable(text))
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -994,7 +1001,6 @@ def advice(records: Records, command: str) -> str:
 # --- The script: the configuration, the files of a run, main
 
 PREFIX = "async-group"  # of the names of results files
-OTHER_SCRIPT = "async_polling_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
 ENVIRONMENT = "INFERENCE_API_KEY is your key, INFERENCE_BASE_URL the API's address."
 RESUME_HELP = "go on polling an earlier run; without FILE, the newest with something pending"
@@ -1030,7 +1036,7 @@ def new_records() -> Records:
     if len(questions) > MAX_GROUP_SIZE:
         raise ValueError(
             f"load_questions returned {len(questions)} questions (see NUM_REQUESTS), and a group "
-            f"holds {MAX_GROUP_SIZE}: {OTHER_SCRIPT} takes more"
+            f"holds {MAX_GROUP_SIZE}: async_polling_example.py takes more"
         )
     for custom_id, question in questions.items():
         if not isinstance(question, str):
@@ -1206,9 +1212,7 @@ def main() -> int:
         results = open_results(options.resume)
         records = results.load()
         if not records:
-            raise ValueError(
-                f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s"
-            )
+            raise ValueError(f"there are no requests in {results.path}")
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, ImportError) as error:

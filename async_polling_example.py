@@ -448,10 +448,9 @@ def mark_interrupted(records: Records) -> None:
             record.error = "the program ended while it was being sent"
 
 
-# One process at a time can have the file open. What was saved survives a kill of the program.
-# The trigger: a program that forgets to load its records must not pay for them again.
+# What was saved survives a kill of the program. The trigger: a program that forgets to load
+# its records must not pay for them again.
 SCHEMA = """
-    PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS single_requests (
@@ -461,6 +460,7 @@ SCHEMA = """
     WHEN new.is_new AND NOT old.is_new
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 """
+OTHERS = "SELECT 1 FROM sqlite_master WHERE tbl_name != 'single_requests'"
 UPSERT = """
     INSERT INTO single_requests VALUES (?, ?, ?)
     ON CONFLICT (custom_id) DO UPDATE SET is_new = excluded.is_new, record = excluded.record
@@ -482,6 +482,10 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+            # One process at a time can have the file open.
+            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if self.connection.execute(OTHERS).fetchone():
+                raise sqlite3.Error("another program made it, perhaps async_group_example.py")
             self.connection.executescript(SCHEMA)
         except sqlite3.Error as error:
             raise OSError(f"can't open {path}, or it is in use already: {error}") from error
@@ -826,7 +830,8 @@ def pad(text: str, columns: int) -> str:
 
 def wrap(text: str, indent: str) -> str:
     """Return text from elsewhere in lines of at most 80 columns."""
-    return textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent)
+    wrapper = textwrap.TextWrapper(80, indent, indent, break_on_hyphens=False)
+    return wrapper.fill(printable(text))
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -959,7 +964,6 @@ def advice(records: Records, command: str) -> str:
 # --- The script: the configuration, the files of a run, main
 
 PREFIX = "async-polling"  # of the names of results files
-OTHER_SCRIPT = "async_group_example.py"
 DESCRIPTION = "Ask inference.net's Asynchronous API questions, and poll for the answers."
 ENVIRONMENT = "INFERENCE_API_KEY is your key, INFERENCE_BASE_URL the API's address."
 RESUME_HELP = "go on polling an earlier run; without FILE, the newest with something pending"
@@ -1166,9 +1170,7 @@ def main() -> int:
         results = open_results(options.resume)
         records = results.load()
         if not records:
-            raise ValueError(
-                f"{results.path} has no requests: perhaps it is {OTHER_SCRIPT}'s"
-            )
+            raise ValueError(f"there are no requests in {results.path}")
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, ImportError) as error:

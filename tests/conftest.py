@@ -133,6 +133,8 @@ class Example:
 
         self.api.new_runs += "--resume" not in arguments
         environment = {**os.environ, **self.environment}
+        if file_limit is not None:  # or it would leave bytecode that is cut off
+            environment["PYTHONDONTWRITEBYTECODE"] = "1"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         return subprocess.Popen(
             [sys.executable, self.script, *arguments],

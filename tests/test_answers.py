@@ -468,7 +468,7 @@ def plain(records: list[Any]) -> str:
 
 
 def records_of(module: types.ModuleType) -> st.SearchStrategy[Any]:
-    """Any records, among which custom ids come again. All have an id of the API's."""
+    """Any records that were submitted, among which custom ids come again."""
     given_id = "group_id" if module is MODULES[GROUP] else "generation_id"
     return st.builds(
         module.Record,
@@ -476,7 +476,7 @@ def records_of(module: types.ModuleType) -> st.SearchStrategy[Any]:
         question=st.text(),
         request=st.dictionaries(st.text(), likely, max_size=2),
         **{given_id: st.text()},
-        state=st.sampled_from(["Not sent", "Queued", "Success", "Failed", "Unknown", "?"]),
+        state=st.sampled_from(["Queued", "Success", "Failed", "Unknown", "?"]),
         response=st.none() | st.text() | st.dictionaries(keys, likely, max_size=2),
         total_tokens=st.none() | st.integers(),
         duration_ms=st.none() | st.floats(),

@@ -20,6 +20,7 @@ import pytest
 from conftest import (
     API_KEY,
     GROUP,
+    HANG_SECONDS,
     SCRIPTS,
     SINGLE,
     Example,
@@ -238,8 +239,10 @@ def submit_each(
         return records, ending, saved
 
     api.choose_fault = choose
-    with ThreadPoolExecutor(len(faults)) as pool:
-        programs = list(pool.map(run_program, range(len(faults))))
+    pool = ThreadPoolExecutor(len(faults))
+    futures = [pool.submit(run_program, number) for number in range(len(faults))]
+    pool.shutdown(wait=False)  # a call that hangs ends with the local API
+    programs = [future.result(HANG_SECONDS) for future in futures]
     made = Counter(generation.custom_id for generation in api.generations.values())
     assert set(made.values()) <= {1}
     for records, _, _ in programs:

@@ -54,12 +54,20 @@ def above(script: str, part: str) -> str:
 # What both scripts define, each in its own way, since the two APIs differ in it.
 DIFFERENT = {
     *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS"),
-    *("Record.outcome", "Record.update", "SCHEMA", "UPSERT", "Results.load"),
+    *(
+        "Record.outcome",
+        "Record.update",
+        "SCHEMA",
+        "OTHERS",
+        "UPSERT",
+        "Results.__init__",
+        "Results.load",
+    ),
     *("# submit_all and poll_all", "Save"),
     *("submit_all", "submit_in_worker", "poll_all", "poll_in_worker"),
     "MARKS",
     *("Screen.__init__", "Screen.print_submission", "show_figures", "show_lost_ids"),
-    *("PREFIX", "OTHER_SCRIPT", "check_configuration", "new_records"),
+    *("PREFIX", "check_configuration", "new_records"),
     *("run", "lost_ids", "end_run"),
 }
 # The submissions and polls of many requests at a time, ...

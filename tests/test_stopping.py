@@ -37,7 +37,6 @@ from local_api import Fault, Json, LocalApi, Proceed, status, web
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
-STOPPING = "Stopping when what is being submitted has ended. Ctrl-C: now"
 UNKNOWN_REASON = "the program ended while it was being sent"
 
 
@@ -121,7 +120,7 @@ def wait_until_it_says_so(process: subprocess.Popen[str]) -> None:
     """Wait for the line about Ctrl-C while something is being submitted."""
     assert process.stderr
     said = process.stderr.readline() + process.stderr.readline()
-    assert said == f"\n  {STOPPING}\n"
+    assert re.fullmatch(r"\n  Stopping when .* Ctrl-C again: at once\n", said)
 
 
 def check_interrupted(run: Run) -> None:
@@ -352,12 +351,9 @@ def test_a_run_of_1200_that_is_interrupted_is_told_in_few_lines(single: Example)
     check_interrupted(run)
     check_answers(run)
     assert Counter(run.states.values()) == {"Queued": 105, "Not sent": 1095}
-    assert counts(run) == {
-        "Successful": 0,
-        "Failed": 0,
-        "Pending": 105,
-        "Not sent": 1095,
-    } | {"Total": 1200}
+    assert counts(run)["Pending"] == 105
+    assert counts(run)["Not sent"] == 1095
+    assert counts(run)["Total"] == 1200
     assert len(run.stdout.partition("SUMMARY")[2].splitlines()) < 150
     answers = run.results.with_suffix(".jsonl").name
     assert f"\n  ... and 1150 more in results/{answers}\n" in run.stdout
@@ -392,9 +388,8 @@ def test_a_screen_that_nobody_reads_holds_back_no_id(single: Example) -> None:
     assert gate.arrived.wait(30), process.poll()
     gate.opened.set()
     process.send_signal(signal.SIGTERM)
-    while not list(
-        single.folder.glob("results/*.jsonl")
-    ):  # then the summary is to be printed
+    folder = single.folder / "results"
+    while not list(folder.glob("*.jsonl")):  # then the summary is to be printed
         assert process.poll() is None
         sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -558,9 +553,9 @@ def test_a_batch_that_is_killed_again_and_again_is_answered_and_paid_for_once(
             example.edit(MAX_CONCURRENT_POLLS=step.workers)
         api.choose_fault = step.gate or (lambda request, body: None)
         example.environment = api.environment | {"KILL_AT": step.save}
-        process = example.start(
-            *arguments, *["--submit"][: bool(arguments) and step.is_submitting]
-        )
+        if arguments and step.is_submitting:
+            arguments.append("--submit")
+        process = example.start(*arguments)
         if step.gate and not step.save:
             assert step.gate.arrived.wait(30), step
             process.kill()
@@ -614,15 +609,14 @@ def test_a_terminal_that_is_closed_loses_nothing(example: Example) -> None:
 
 
 def test_polls_that_are_used_up(example: Example) -> None:
-    example.edit(MAX_POLL_ATTEMPTS=1, POLL_INTERVAL_SECONDS=6)
+    example.edit(MAX_POLL_ATTEMPTS=1, POLL_INTERVAL_SECONDS=90)
     example.api.choose_fault = faulty(status(404), polls=True)
     run = example.run()
     assert run.code == 1
     assert set(run.states.values()) == {"Queued"}
     told = " ".join(run.stdout.partition("Request-Response")[2].split())
-    assert re.search(
-        r"polls are used up: 1 of .*, in about 0\.1 minutes\. .* MAX_POLL_ATTEMPTS", told
-    )
+    reason = r"polls are used up: 1 of .*, in 0:01:30\. .* raise MAX_POLL_ATTEMPTS\."
+    assert re.search(reason, told)
     assert "\n Not complete: 4 pending\n" in run.stdout
     check_answers(run)
 
@@ -911,7 +905,10 @@ def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(
 
 
 def check_full_disk(example: Example, run: Run, before: set[str]) -> None:
-    """Check a run of a new batch that a full disk has ended, and that all is well afterwards."""
+    """Check a run that a full disk has ended, and that all is well afterwards.
+
+    before are the generation ids of an earlier run.
+    """
     made = len(example.api.generations)
     total = len(run.rows)
     assert run.code == 1
@@ -930,11 +927,11 @@ def check_full_disk(example: Example, run: Run, before: set[str]) -> None:
     example.api.choose_fault = lambda request, body: None
     resumed = example.run("--resume", f"results/{run.results.name}")
     assert len(example.api.generations) == made
-    assert counts(resumed)["Successful"] == made - (total if before else 0)
+    assert counts(resumed)["Successful"] == made - len(before)
     submitted = example.run("--resume", f"results/{run.results.name}", "--submit")
     assert submitted.code == 0
     assert set(submitted.states.values()) == {"Success"}
-    assert len(example.api.generations) == total * (2 if before else 1)
+    assert len(example.api.generations) == total + len(before)
 
 
 @pytest.mark.parametrize("which", [0, -1])
@@ -1005,6 +1002,23 @@ def test_a_file_that_is_lost_while_polling_costs_no_answer(
         assert f"can't open results/{path.name}" in run.stdout
     else:
         assert set(shown_ids(run).values()) == paid(example)
+
+
+def test_answers_that_cannot_be_written_out_are_on_file(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("GET")
+    process = start(example, gate)
+    [path] = example.folder.glob("results/*.db")
+    path.with_suffix(".jsonl").mkdir()
+    gate.opened.set()
+    run = example.finish(process)
+    assert run.code == 1
+    assert "complete!" not in run.stdout
+    assert "Is a directory: 'results/" in run.stdout
+    assert set(run.states.values()) == {"Success"}
+    path.with_suffix(".jsonl").rmdir()
+    assert example.run("--resume", str(path)).code == 0
+    check_answers(run)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
@@ -1158,14 +1172,6 @@ def test_a_mistake_in_build_request_for_one_row_sends_nothing(example: Example) 
 # An output that is closed
 
 
-def test_an_output_that_is_closed(example: Example) -> None:
-    run = example.finish(start_in_shell(example, "{} >&-"))
-    assert run.code == 0
-    assert run.stderr == ""
-    check_answers(run)
-    assert set(run.states.values()) == {"Success"}
-
-
 @pytest.mark.parametrize("lines", [1, 12, 16, 25])
 def test_a_reader_that_goes_away_ends_it_quietly(example: Example, lines: int) -> None:
     example.edit(NUM_REQUESTS=30, REQUEST_TIMEOUT_SECONDS=60)
@@ -1214,6 +1220,5 @@ def test_an_output_that_is_full(example: Example) -> None:
     with open("/dev/full", "w") as full:
         run = example.run(stdout=full)
     assert run.code == 1
-    assert "No space left" in run.stderr
     assert commands(run.stderr) == [["--resume", f"results/{run.results.name}", "--submit"]]
     assert not example.api.generations
