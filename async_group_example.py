@@ -248,8 +248,8 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             host = urlsplit(self.base_url).netloc
-            reason = str(cause) or type(cause).__name__
-            reason += f" ({type(error).__name__} at {host})"
+            text = str(cause).replace(self.api_key, "[API key]") or type(cause).__name__
+            reason = f"{text} ({type(error).__name__} at {host})"
             # requests reads the upload only when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
             if may_have_been_sent:
@@ -296,7 +296,7 @@ class Client:
         with suppress(HTTPError):
             while monotonic() < deadline:
                 # read1 returns what is there, and waits only if there is nothing.
-                chunk = response.raw.read1(decode_content=True)
+                chunk = response.raw.read1(65536, decode_content=True)
                 if not chunk:
                     break
                 content += chunk
@@ -306,7 +306,7 @@ class Client:
         """Return the ApiError for an HTTP status that is not 2xx, and note its Retry-After."""
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
-        text = message or content[:500].decode(errors="replace") or response.reason
+        text = message or content[:500].decode(errors="replace") or "no reason given"
         reason = f"HTTP {status}: {text}"
         wait_seconds = 0.0
         # What is neither seconds nor a date is not obeyed.
@@ -474,9 +474,9 @@ UPSERT = """
 class Results:
     """The file that keeps the records: SQLite, a row each. It is made if it is missing.
 
-    Threads can share it, processes can't: OSError if it is open already. save and load raise
-    OSError, too, if the file can't be written or read. Begin with load(): records that are made
-    anew know nothing of what was submitted, and save refuses them.
+    Threads can share it, processes can't: OSError if it is open already. (Open it after a fork,
+    not before.) save and load raise OSError, too, if the file can't be written or read. Begin
+    with load(): save refuses records that are made anew in the place of submitted ones.
     """
 
     def __init__(self, path: str | Path) -> None:
