@@ -1031,7 +1031,7 @@ def new_records() -> Records:
     questions = load_questions()
     if not isinstance(questions, dict) or not questions:
         raise ValueError(
-            f"load_questions must return questions by custom id, not {questions!r}"
+            f"load_questions must return one question or more, by custom id: not {questions!r}"
         )
     if len(questions) > MAX_GROUP_SIZE:
         raise ValueError(
@@ -1070,7 +1070,8 @@ def open_results(resume: str | None) -> Results:
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(f"{path} is newer, and has requests that were not sent", file=sys.stderr)
+            command = f"--resume {path} --submit"
+            print(f"{path} is newer, and has requests not sent: {command}", file=sys.stderr)
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -1085,10 +1086,10 @@ def handle_signals(screen: Screen, records: Records, command: str) -> None:
             os._exit(130)
         screen.is_ending = True
         if any(record.state == SUBMITTING for record in records):
-            os.write(
-                2,
-                b"\n  Stopping when what is being submitted has ended. Ctrl-C again: at once\n",
+            text = (
+                "Stopping when what is being submitted has ended. Ctrl-C again stops at once."
             )
+            os.write(2, f"\n  {text}\n".encode())
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
@@ -1099,9 +1100,10 @@ def run(
     client: Client, results: Results, records: Records, unsent: Records, screen: Screen
 ) -> None:
     """Submit what is unsent, then poll what is pending, and show both."""
+    model = printable(str(records[0].request.get("model")))  # a resumed run keeps its own
     job = f"Requests to submit: {len(unsent)}" if unsent else f"Resuming: {results.path}"
     screen.print_title("INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE")
-    screen.print(f"\n  Configuration:\n    • {job}\n    • Model: {MODEL_ID}")
+    screen.print(f"\n  Configuration:\n    • {job}\n    • Model: {model}")
     screen.print(f"    • Poll interval: {POLL_INTERVAL_SECONDS}s")
     pool = ThreadPoolExecutor(1)
     try:

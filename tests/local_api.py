@@ -32,6 +32,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import random
 import secrets
@@ -589,6 +590,8 @@ class LocalApi:
 
     async def start(self) -> web.AppRunner:
         """Start to serve on the port of the loopback interface."""
+        # A client that is killed while it sends is no error of this API's.
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         app = web.Application(middlewares=[self.serve_one], client_max_size=2**26)
         app.router.add_post("/v1/async/chat/completions", self.submit)
         app.router.add_post("/v1/async/group/chat/completions", self.submit_group)

@@ -7,6 +7,7 @@ import tempfile
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from threading import Event
@@ -410,6 +411,16 @@ def test_the_first_final_claim_of_a_custom_id_keeps_it() -> None:
     assert third == [records[1]]
 
 
+def test_a_second_claim_of_a_custom_id_in_the_same_poll_is_kept_beside_it() -> None:
+    records = pending_records("req-1")
+    answers = [member("req-1", "first"), member("req-1", "second")]
+    [[matched, stray]] = poll_group(records, answers)
+    assert matched is records[0]
+    assert (matched.generation_id, matched.response) == ("first", "The answer of first.")
+    assert (stray.custom_id, stray.outcome) == ("second", "No match")
+    assert stray.response == "The answer of second."
+
+
 def test_a_group_is_polled_until_every_question_has_its_answer() -> None:
     custom_ids = ["req-1", "req-2", "req-3", "req-4"]
     records = pending_records(*custom_ids)
@@ -487,25 +498,34 @@ def records_of(module: types.ModuleType) -> st.SearchStrategy[Any]:
 @both
 @given(st.data())
 def test_what_is_saved_is_read_back(module: types.ModuleType, data: st.DataObject) -> None:
-    no_json = module.Record("e", "?", {"what": object()})
-    no_custom_id = module.Record(["e"], "?", {})  # type: ignore[list-item]
-    expected: dict[str, Any] = {}
+    lists = st.lists(records_of(module), max_size=4)
+    new = module.Record("new", "?", {})
+    spoilers = [
+        module.Record("e", "?", {"what": object()}),  # is no JSON
+        module.Record(["e"], "?", {}),  # type: ignore[list-item]
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deep" / "results.db"
         results = module.Results(path)
-        for _ in range(data.draw(st.integers(0, 4))):
-            records = data.draw(st.lists(records_of(module), max_size=4))
-            spoiled_by = data.draw(st.sampled_from([None, no_json, no_custom_id]))
-            if spoiled_by:
-                with pytest.raises((OSError, TypeError)):
-                    results.save([*records, spoiled_by])  # all of them or none
-            else:
-                results.save(iter(records))
-                expected |= {record.custom_id: record for record in records}
-            assert plain(results.load()) == plain(list(expected.values()))
+        expected: dict[str, Any] = {}
+        for records in data.draw(st.lists(lists, min_size=1, max_size=4)):
+            results.save(iter(records))
+            expected |= {record.custom_id: record for record in records}
+        assert plain(results.load()) == plain(list(expected.values()))
+
+        # Each replaces the one with its custom id, and takes its place.
+        changed = [replace(record, error="changed") for record in expected.values()]
+        results.save(reversed(changed))
+        assert plain(results.load()) == plain(changed)
+
+        # All of them are saved, or none.
+        for spoiler in spoilers:
+            with pytest.raises((OSError, TypeError)):
+                results.save([*expected.values(), new, spoiler])
+            assert plain(results.load()) == plain(changed)
         results.close()
         again = module.Results(path)
-        assert plain(again.load()) == plain(list(expected.values()))
+        assert plain(again.load()) == plain(changed)
         again.close()
 
 

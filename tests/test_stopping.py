@@ -120,7 +120,7 @@ def wait_until_it_says_so(process: subprocess.Popen[str]) -> None:
     """Wait for the line about Ctrl-C while something is being submitted."""
     assert process.stderr
     said = process.stderr.readline() + process.stderr.readline()
-    assert re.fullmatch(r"\n  Stopping when .* Ctrl-C again: at once\n", said)
+    assert re.fullmatch(r"\n  Stopping when .* Ctrl-C again stops at once\.\n", said)
 
 
 def check_interrupted(run: Run) -> None:
