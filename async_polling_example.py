@@ -31,14 +31,17 @@ The parts of this file:
 A program of your own needs no more than this. Run again, it goes on where it was:
 
     from concurrent.futures import ThreadPoolExecutor
-    from async_polling_example import Client, Results, new_record, poll_all, submit_all
+    from async_polling_example import ApiError, Client, Results, new_record, poll_all, submit_all
 
     client = Client()
     results = Results("my_program.db")
     records = results.load() or [new_record("my-id", "What is 2 + 2?")]
     with ThreadPoolExecutor(5) as pool:
-        for record in submit_all(client, pool, records, results.save):
-            print(record.custom_id, record.outcome, record.error)
+        try:
+            for record in submit_all(client, pool, records, results.save):
+                print(record.custom_id, record.outcome, record.error)
+        except ApiError as error:  # what was accepted is polled all the same
+            print("Not all was submitted:", error)
         for record in poll_all(client, pool, records, results.save):
             print(record.custom_id, record.outcome, record.response)
 """
@@ -61,7 +64,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -449,21 +452,23 @@ def mark_interrupted(records: Records) -> None:
 
 
 # What was saved survives a kill of the program. The trigger: a program that forgets to load
-# its records must not pay for them again.
+# its records, or loads them twice, must not pay for them again.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS single_requests (
-        custom_id TEXT PRIMARY KEY, is_new INTEGER NOT NULL, record TEXT NOT NULL
+        custom_id TEXT PRIMARY KEY, state TEXT, is_new INTEGER, record TEXT NOT NULL
     );
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON single_requests
-    WHEN new.is_new AND NOT old.is_new
+    WHEN (new.is_new AND NOT old.is_new)
+        OR (new.state = 'Submitting' AND old.state <> 'Not sent')
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 """
 OTHERS = "SELECT 1 FROM sqlite_master WHERE tbl_name != 'single_requests'"
 UPSERT = """
-    INSERT INTO single_requests VALUES (?, ?, ?)
-    ON CONFLICT (custom_id) DO UPDATE SET is_new = excluded.is_new, record = excluded.record
+    INSERT INTO single_requests VALUES (?, ?, ?, ?)
+    ON CONFLICT (custom_id) DO UPDATE
+    SET state = excluded.state, is_new = excluded.is_new, record = excluded.record
 """
 
 
@@ -511,7 +516,8 @@ class Results:
             rows = []
             for record in records:
                 is_new = record.state == NOT_SENT and not record.error  # never submitted
-                rows.append((record.custom_id, is_new, json.dumps(vars(record))))
+                row = json.dumps(asdict(record))
+                rows.append((record.custom_id, record.state, is_new, row))
             connection.executemany(UPSERT, rows)
 
     def load(self) -> Records:
@@ -604,6 +610,7 @@ def submit_in_worker(client: Client, record: Record, save: Save, stop: Event) ->
     """Submit one request. Try again only what surely was not accepted."""
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         record.state = SUBMITTING  # before the wait: nobody else may submit it
+        record.generation_id = None
         if not client.wait(backoff_seconds(attempt), stop):  # stopped
             record.state = NOT_SENT
             return
@@ -1097,7 +1104,7 @@ def write_answers(records: Records, path: Path) -> None:
     new_path = path.with_suffix(".tmp")
     with new_path.open("w", encoding="utf-8") as file:
         for record in records:
-            row = dict(vars(record))
+            row = asdict(record)
             del row["request"]
             file.write(json.dumps(row) + "\n")
     new_path.replace(path)

@@ -7,6 +7,7 @@ import tempfile
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -527,6 +528,40 @@ def test_what_is_saved_is_read_back(module: types.ModuleType, data: st.DataObjec
         again = module.Results(path)
         assert plain(again.load()) == plain(changed)
         again.close()
+
+
+@both
+def test_a_record_that_was_loaded_twice_is_submitted_once(
+    module: types.ModuleType, tmp_path: Path
+) -> None:
+    results = module.Results(tmp_path / "results.db")
+    results.save([module.new_record("a", "Where?")])
+    [first], [second] = results.load(), results.load()
+    for state in ("Submitting", "Not sent", "Submitting", "Queued"):  # after a 429
+        first.state, first.error = state, "HTTP 429"
+        results.save([first])
+    second.state = "Submitting"
+    with pytest.raises(OSError, match=r"results\.db: .*load"):
+        results.save([second])
+    assert plain(results.load()) == plain([first])
+    results.close()
+
+
+@both
+def test_a_record_that_is_submitted_again_has_no_id_of_an_earlier_submission(
+    module: types.ModuleType,
+) -> None:
+    class Offline(module.Client):  # type: ignore[misc,name-defined]
+        def call(self, method: str, path: str, body: Any = None) -> Any:
+            raise module.Uncertain("timed out")
+
+    record = module.new_record("a", "Where?")
+    record.generation_id = record.error = "earlier"
+    if module is MODULES[GROUP]:
+        record.group_id = "earlier"
+    with ThreadPoolExecutor(1) as pool, suppress(module.Uncertain):
+        list(module.submit_all(Offline("any"), pool, [record], lambda records: None))
+    assert record.outcome == "Unknown"
 
 
 @both

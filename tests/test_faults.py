@@ -777,14 +777,12 @@ def test_a_connection_that_was_idle_for_long_is_closed(
     assert len(api.connections) == connections
 
 
-def run_program(
-    example: Example, program: str, *arguments: str
-) -> subprocess.CompletedProcess:
+def run_program(example: Example, program: str) -> subprocess.CompletedProcess:
     """Run a program that imports the script, which lies beside it."""
     path = example.folder / "program.py"
     path.write_text(program, "utf-8")
     return subprocess.run(
-        [sys.executable, path.name, *arguments],
+        [sys.executable, path.name],
         cwd=example.folder,
         env={**os.environ, **example.environment},
         capture_output=True,
