@@ -712,15 +712,6 @@ async def cut_redirect(request: web.Request, proceed: Proceed) -> web.StreamResp
     return await close(request, proceed)
 
 
-async def hint(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-    """Answer with 103 Early Hints, and properly when the next request may have been sent."""
-    assert isinstance(request.transport, asyncio.Transport)
-    answer = await proceed()
-    request.transport.write(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n")
-    await asyncio.sleep(0.3)
-    return answer
-
-
 async def stall(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     """Take the request, and never answer."""
     await asyncio.Event().wait()
@@ -743,16 +734,6 @@ async def drip_with_length(request: web.Request, proceed: Proceed) -> web.Stream
     while True:
         await answer.write(b" ")
         await asyncio.sleep(0.1)
-
-
-async def drip_header(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-    """Begin a header, and go on with it a letter at a time."""
-    assert isinstance(request.transport, asyncio.Transport)
-    request.transport.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-    while not request.transport.is_closing():
-        request.transport.write(b"x")
-        await asyncio.sleep(0.1)
-    raise AssertionError
 
 
 async def answer_slowly(request: web.Request, proceed: Proceed) -> web.StreamResponse:
