@@ -969,12 +969,13 @@ def test_what_ends_the_submitting_is_raised_after_the_last_record(kit: Kit, end:
     assert [record.outcome for record in records] == expected
 
 
-# How many saves succeed before one fails. A group has three: at the beginning, before and after.
+# How many saves succeed before one fails. A group has two: before it is sent, and after that.
 @pytest.mark.parametrize("successes", range(3))
 def test_a_save_that_fails_while_submitting_is_raised_and_loses_no_id(
     kit: Kit, successes: int
 ) -> None:
     records = kit.records(20)
+    successes = min(successes, 2 if kit.script == SINGLE else 1)
     results_of_save = iter([None] * successes)
 
     def save(saved: list[Any]) -> None:
@@ -1399,8 +1400,6 @@ def test_a_file_that_was_closed_takes_nothing(kit: Kit, tmp_path: Path) -> None:
     results.close()
     with pytest.raises(OSError, match=r"closed\.db"):
         results.save(kit.records(1))
-    with pytest.raises(OSError, match=r"closed\.db"):
-        results.load()
 
 
 def test_the_folder_of_a_file_is_made(

@@ -253,7 +253,8 @@ def submit_each(
 def check_resume_command(run: Run, *arguments: str) -> None:
     """Check that the command which goes on with this run is shown."""
     ending = "".join(f" {argument}" for argument in arguments)
-    assert re.search(rf"--resume \S*{re.escape(run.results.name)}{ending}$", run.stdout, re.M)
+    command = rf'--resume "\S*{re.escape(run.results.name)}"{ending}$'
+    assert re.search(command, run.stdout, re.M)
 
 
 def mend(example: Example) -> None:
@@ -294,7 +295,6 @@ def test_polls_of_a_group_that_fail_are_made_again_and_leave_what_can_be_resumed
     group.api.choose_fault = in_turn(faults[:3])
     resumed = group.run("--resume")
     assert resumed.code == 0, resumed.stdout
-    assert "[  1] ✗ HTTP 408: out of order" in resumed.stdout
     assert "[  4] |███" in resumed.stdout
 
 
@@ -387,8 +387,9 @@ def test_no_submission_that_may_be_accepted_is_sent_again(
     for records, ending, saved in programs:
         assert all(record.error for record in records)
         assert ending == ("" if script == SINGLE else "Uncertain")
-        assert saved[:2] == ["Not sent"] * 2
-        assert sorted(saved[2:]) == ["Submitting"] * 2 + ["Unknown"] * 2
+        first = ["Not sent"] * 2 if script == SINGLE else []  # a group is saved as it is sent
+        assert saved[: len(first)] == first
+        assert sorted(saved[len(first) :]) == ["Submitting"] * 2 + ["Unknown"] * 2
     assert len(api.calls) == len(faults) * (2 if script == SINGLE else 1)
     assert len(api.generations) == (2 * len(faults) if is_accepted else 0)
 
@@ -514,7 +515,8 @@ def test_what_surely_was_not_accepted_is_sent_again(script: str, api: LocalApi) 
         assert [record.state for record in records] == ["Queued"] * 2
         assert [record.error for record in records] == [None] * 2
         assert ending == ""
-        assert Counter(saved) == {"Not sent": 4, "Submitting": 4, "Queued": 2}
+        not_sent = 4 if script == SINGLE else 2  # a group is saved as it is sent
+        assert Counter(saved) == {"Not sent": not_sent, "Submitting": 4, "Queued": 2}
         assert saved[-1] == "Queued"
     assert len(api.calls) == 2 * len(BUSY) * (2 if script == SINGLE else 1)
     assert len(api.generations) == 2 * len(BUSY)
@@ -552,7 +554,7 @@ def check_sent_later(example: Example, run: Run) -> None:
 
 def test_a_submission_is_tried_five_times_in_all(example: Example) -> None:
     example.edit(NUM_REQUESTS=2)
-    example.replace("random.uniform(0.5, 1)", "random.uniform(0.05, 0.1)")
+    example.replace("random.uniform(0, 2**attempt // 2)", "random.uniform(0, 0.1)")
     example.api.choose_fault = faulty(status(429, "no room", Retry_After="0"), polls=False)
     run = example.run()
     check_not_sent(run, "HTTP 429: no room")
@@ -580,7 +582,8 @@ def test_each_refusal_fails_what_it_refuses(script: str, api: LocalApi) -> None:
         assert [record.state for record in records] == ["Failed"] * 2
         assert all(record.error for record in records)
         assert ending == ""
-        assert Counter(saved) == {"Not sent": 2, "Submitting": 2, "Failed": 2}
+        first = {"Not sent": 2} if script == SINGLE else {}  # a group is saved as it is sent
+        assert Counter(saved) == first | {"Submitting": 2, "Failed": 2}
     assert len(api.calls) == len(REFUSALS) * (2 if script == SINGLE else 1)
 
 
@@ -818,12 +821,11 @@ for name in ("first", "second"):
     child = os.fork()
     if child == 0:
         submit_ten(name)
-        for use in (results.load, lambda: results.save([new_record(name, "Where?")])):
-            try:
-                use()
-                os._exit(1)
-            except OSError as error:
-                print(error, flush=True)
+        try:
+            results.save([new_record(name, "Where?")])
+            os._exit(1)
+        except OSError as error:
+            print(error, flush=True)
         os._exit(0)  # as multiprocessing ends a child
     children.append(child)
 submit_ten("parent-again")
@@ -838,7 +840,7 @@ os.kill(os.getpid(), signal.SIGKILL)  # what was saved is on file
 def test_a_fork_has_connections_of_its_own_and_no_results(single: Example) -> None:
     program = run_program(single, FORK)
     assert program.returncode == -9, program.stderr
-    assert program.stdout.count("kept.db was opened by another process") == 4
+    assert program.stdout.count("kept.db was opened by another process") == 2
     names = ("parent", "first", "second", "parent-again")
     for name in names:
         ids = json.loads((single.folder / f"{name}.json").read_text())

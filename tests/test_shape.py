@@ -54,21 +54,10 @@ def above(script: str, part: str) -> str:
 # What both scripts define, each in its own way, since the two APIs differ in it.
 DIFFERENT = {
     *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS"),
-    *(
-        "Record.outcome",
-        "Record.update",
-        "SCHEMA",
-        "OTHERS",
-        "UPSERT",
-        "Results.__init__",
-        "Results.load",
-    ),
-    *("# submit_all and poll_all", "Save"),
-    *("submit_all", "submit_in_worker", "poll_all", "poll_in_worker"),
-    "MARKS",
-    *("Screen.__init__", "Screen.print_submission", "show_figures", "show_lost_ids"),
-    *("PREFIX", "check_configuration", "new_records"),
-    *("run", "lost_ids", "end_run"),
+    *("Record.outcome", "Record.update", "check_unsent", "SCHEMA", "UPSERT", "Results.load"),
+    *("# submit_all and poll_all", "submit_all", "submit_in_worker", "poll_all"),
+    *("MARKS", "Screen.print_submission", "show_figures", "show_lost_ids"),
+    *("PREFIX", "check_configuration", "new_records", "run", "end_run"),
 }
 # The submissions and polls of many requests at a time, ...
 ONLY_SINGLE = {
@@ -76,7 +65,7 @@ ONLY_SINGLE = {
     *("from concurrent.futures import Future", "MAX_CONCURRENT_POLLS"),
     *("Client.submit_generation", "Client.fetch_generation"),
     *("MAX_UNCERTAIN", "MAX_LISTED", "Screen.print_answer"),
-    "hand_out",
+    *("CHECK_SECONDS", "poll_in_worker"),
 }
 # ... and those of a group, whose generations have to be matched.
 ONLY_GROUP = {
