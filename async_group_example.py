@@ -466,7 +466,7 @@ SCHEMA = """
     WHERE state = 'Submitting';
 """
 UPSERT = """
-    INSERT INTO group_requests VALUES (?, ?, ?)
+    INSERT INTO group_requests (custom_id, state, record) VALUES (?, ?, ?)
     ON CONFLICT (custom_id) DO UPDATE SET state = excluded.state, record = excluded.record
 """
 

@@ -454,7 +454,7 @@ SCHEMA = """
     WHERE state = 'Submitting';
 """
 UPSERT = """
-    INSERT INTO single_requests VALUES (?, ?, ?)
+    INSERT INTO single_requests (custom_id, state, record) VALUES (?, ?, ?)
     ON CONFLICT (custom_id) DO UPDATE SET state = excluded.state, record = excluded.record
 """
 
