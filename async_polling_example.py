@@ -24,7 +24,7 @@ The parts of this file:
     Configuration   what you edit: constants, questions, and the request for a question
     The API         four exceptions, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file of them
-    The work        submit_all and poll_all, whose worker threads call the API and save
+    The work        submit_all and poll_all, which call the API in worker threads, and save
     The screen      everything that prints
     The script      the check of the configuration, the files of a run, and main
 

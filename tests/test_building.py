@@ -1075,6 +1075,24 @@ def test_a_pool_that_takes_no_more_leaves_the_records_not_sent(kit: Kit) -> None
     assert [record.outcome for record in records] == ["Pending"] * 2
 
 
+class LatePool(ThreadPoolExecutor):
+    """A pool that starts no thread: it fails, as Python's does, but has taken the call."""
+
+    def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
+        self.call = lambda: function(*arguments, **options)
+        raise RuntimeError("can't start new thread")
+
+
+def test_a_pool_that_fails_and_makes_the_call_later_sends_nothing(kit: Kit) -> None:
+    late = kit.pool = LatePool(1)
+    records = kit.records(2)
+    with pytest.raises(RuntimeError, match="new thread"):
+        kit.submit(records)
+    late.call()
+    assert kit.calls("POST") == 0
+    assert [record.outcome for record in records] == ["Not sent"] * 2
+
+
 # The list of records
 
 
