@@ -9,7 +9,8 @@
     uv run async_polling_example.py --resume                poll for what is still pending
     uv run async_polling_example.py --resume FILE --submit  submit what was not sent, and poll
 
-INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is for another address of the API.
+INFERENCE_API_KEY is your key. INFERENCE_BASE_URL is for another address of the API. A run
+keeps its requests in results/NAME.db; at its end it writes results/NAME.jsonl, to be read.
 
 The life of a request, in the words of Record.state:
 
@@ -81,8 +82,8 @@ Json = dict[str, Any]
 NUM_REQUESTS = 10  # how many questions to ask; the samples repeat if there are fewer
 MODEL_ID = "inference-net/load-test"  # the model that answers
 MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut off
-POLL_INTERVAL_SECONDS = 1  # between two polls of a generation; raise it to wait for hours
-MAX_POLL_ATTEMPTS = 120  # polls of a generation in one run; a resumed run begins again
+POLL_INTERVAL_SECONDS = 1  # between two polls of a generation
+MAX_POLL_ATTEMPTS = 120  # polls of a generation in a run; raise both to wait for hours
 MAX_CONCURRENT_POLLS = 5  # worker threads, also for submissions; macOS allows about 200
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
@@ -124,7 +125,9 @@ def build_request(custom_id: str, question: str) -> Json:
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # https; http only to this machine, as everybody on the way could read the key
 URL = r"(?a)(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\]))(:\d+)?(/[\w./-]*)?"
-MAX_RETRY_AFTER_SECONDS = 120  # for a longer Retry-After, all calls wait this long
+MAX_RETRY_AFTER_SECONDS = (
+    120  # the longest pause; a submission told to wait longer: LockedOut
+)
 MAX_IDLE_SECONDS = 30  # an older connection may be dead: a submission would be Uncertain
 
 
@@ -151,25 +154,30 @@ class ApiError(Exception):
 
 
 class Refused(ApiError):
-    """The API refuses this request: any 3xx, any 4xx not below. It may take others."""
+    """The API refuses this request, but may take others: any 3xx, any 4xx not named below."""
 
 
 class LockedOut(ApiError):
     """The API accepts no request for now: check the key, the credit, or the certificate.
 
-    401; for a submission also 402, 403, and a 429 that asks to wait for more than two minutes; a
-    certificate that can't be verified.
+    401; for a submission also 402, 403, and a 429 that asks to wait for more than two
+    minutes; a certificate that can't be verified.
     """
 
 
 class NotAccepted(ApiError):
-    """The call surely had no effect, and is safe to repeat: no connection, or 429."""
+    """The call surely had no effect, and is safe to repeat.
+
+    No connection was made, or 429. For a poll, which has no effect, also a timeout or a
+    broken connection.
+    """
 
 
 class Uncertain(ApiError):
     """The call may have had an effect. To repeat a submission may be to pay for it twice.
 
-    A timeout or a broken connection after sending, 408, 5xx, or an answer that is no JSON object.
+    For a submission, a timeout or a broken connection after sending. For any call, 408, 5xx,
+    or an answer that is no JSON object.
     """
 
 
@@ -177,8 +185,8 @@ class Client:
     """The API, for one account. Threads can share a client.
 
     api_key and base_url are by default the environment variables INFERENCE_API_KEY and
-    INFERENCE_BASE_URL. timeout_seconds limits connecting and each wait for data; an answer that
-    comes bit by bit may take twice that. ValueError: the key or the address can't be used.
+    INFERENCE_BASE_URL. timeout_seconds limits connecting, and then the wait for an answer;
+    to read it may take twice that. ValueError: the key or the address can't be used.
     """
 
     def __init__(self, api_key=None, base_url=None, timeout_seconds=30):
@@ -260,8 +268,10 @@ class Client:
     def session(self):
         """Return this thread's session, without a connection that was idle for long."""
         local = self.local
-        is_foreign = getattr(local, "process_id", None) != os.getpid()  # made before a fork
-        if is_foreign or monotonic() > local.usable_until:
+        is_missing = (
+            getattr(local, "process_id", None) != os.getpid()
+        )  # a new thread, or a fork
+        if is_missing or monotonic() > local.usable_until:
             local.process_id = os.getpid()
             local.session = Session()
         local.usable_until = monotonic() + MAX_IDLE_SECONDS
@@ -358,7 +368,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """The state in fewer words: what has an id and is not final is PENDING."""
+        """Success, Failed, Not sent, Submitting; else Pending with an id, Unknown without."""
         if self.state in (SUCCESS, FAILED, NOT_SENT, SUBMITTING):
             return self.state
         if self.generation_id:
@@ -387,7 +397,7 @@ Records = list[Record]
 def answer_of(generation):
     """Return the text of an answer, or the whole response if it is more than one text.
 
-    More are tool calls, a refusal, several choices, log probabilities: paid for, too.
+    Tool calls, a refusal, several choices, log probabilities are more, and paid for, too.
     """
     response = find(generation, dict, "response")
     text = find(response, str, "choices", 0, "message", "content")
@@ -429,7 +439,7 @@ def check_unsent(records):
     return unsent
 
 
-# A row for each record, which is there as JSON. What was saved survives a kill of the program.
+# A row for each record, which is there as JSON. What was saved survives a kill.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -437,8 +447,9 @@ SCHEMA = """
         custom_id TEXT PRIMARY KEY, state TEXT NOT NULL, record TEXT NOT NULL
     );
 
-    -- A program that forgets to load its records, or loads them twice, must not pay twice. (A
-    -- record that is Not sent without an error is new; after an attempt there is an error.)
+    -- Refuse to submit a record a second time. A program that forgets to load makes records
+    -- anew: Not sent, and without an error. (After an attempt, what is Not sent has one.) A
+    -- program that loads twice sets Submitting twice.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON single_requests
     WHEN old.state <> 'Not sent' AND (
         new.state = 'Submitting'
@@ -446,7 +457,7 @@ SCHEMA = """
     )
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 
-    -- Nobody else has the file open: what is Submitting was left so by a program that ended.
+    -- Nobody else has the file open: what is Submitting was left so when a program ended.
     UPDATE single_requests
     SET state = 'Unknown', record = json_set(
         record, '$.state', 'Unknown', '$.error', 'the program ended while it was being sent'
@@ -462,9 +473,9 @@ UPSERT = """
 class Results:
     """The file that keeps the records: SQLite, a row each. It is made if it is missing.
 
-    Threads can share it, processes can't: OSError if it is open already. (Open it after a fork,
-    not before.) save raises OSError, too, if the file can't be written. Begin with load(): save
-    refuses records that are made anew in the place of submitted ones.
+    Threads can share it, processes can't: OSError if it is open already. (Open it after a
+    fork, not before.) save raises OSError, too, if the file can't be written. Begin with
+    load(): save refuses records that are made anew in the place of submitted ones.
     """
 
     def __init__(self, path):
@@ -509,14 +520,14 @@ class Results:
 
 # --- The work: submit, then poll until final
 
-# submit_all and poll_all hand out the work to worker threads, and yield what has ended. The
-# workers call the API, change the records and save them: an id is on file the moment it
-# arrives, whatever happens to the caller's thread. Both are iterators: nothing happens until
-# you iterate. To stop, leave the loop; an iterator with a name lives on, so close it, too.
+# submit_all and poll_all hand out the work to worker threads, and yield what has ended.
+# The workers call the API, change the records and save them: an id is on file the moment
+# it arrives, whatever happens to the caller's thread. Both are iterators: nothing happens
+# until you iterate. To stop, leave the loop; an iterator with a name lives on, so close it.
 
 MAX_SUBMIT_ATTEMPTS = 5
 MAX_UNCERTAIN = 5  # in a row
-CHECK_SECONDS = 0.05  # how often the loops look up; on Windows, also for Ctrl-C
+CHECK_SECONDS = 0.05  # how often the loops look for what has ended
 
 
 def submit_all(
@@ -568,8 +579,10 @@ def submit_all(
 def submit_in_worker(client, record, save, stop):
     """Submit one request. Try again only what surely was not accepted."""
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        record.state = SUBMITTING  # before the wait: nobody else may submit it
-        record.generation_id = None  # if a user has reset the state, there may be an old one
+        record.state = (
+            SUBMITTING  # again, after an attempt: nobody else may submit it meanwhile
+        )
+        record.generation_id = None  # an old one, if a user has set it to Not sent
         # Up to 0, 1, 2, 4, 8 seconds, at random: not all come again at the same time.
         backoff_seconds = random.uniform(0, 2**attempt // 2)
         if not client.wait(backoff_seconds, stop):  # stopped
@@ -616,11 +629,11 @@ def poll_all(
 ) -> Iterator[Record]:
     """Poll the records that are Pending; yield each when it has become final and was saved.
 
-    An iterator, as submit_all is. At most max_concurrent polls are under way at a time. After
-    max_attempts polls a record stays Pending. If you leave the loop, what is under way is not
-    awaited: a poll costs nothing. Raises LockedOut, or what save has raised.
+    An iterator, as submit_all is. At most max_concurrent polls are under way at a time.
+    After max_attempts polls a record stays Pending. If you leave the loop, what is under way
+    is not awaited: a poll costs nothing. Raises LockedOut, or what save has raised.
     """
-    # (when it is due, which attempt, the record), in order of time, as all have the same interval
+    # (when it is due, which attempt, the record), in order of time: the interval is the same
     waiting = deque((0.0, 1, record) for record in records if record.outcome == PENDING)
     under_way: dict[Future[None], tuple[int, Record]] = {}
     stop = Event()
@@ -684,7 +697,7 @@ class Screen:
         self.columns = shutil.get_terminal_size().columns
         self.is_terminal = sys.stdout.isatty()
         self.watched = records  # what the live line tells of
-        self.notes = []  # why the run ended before all was final
+        self.notes = []  # what went wrong, to be printed at the end
         self.started_at = monotonic()
         self.blank = ""  # erases the live line
         if self.is_terminal:
@@ -760,7 +773,10 @@ def bar(done, total, columns):
 
 
 def show_figures(records, submitted, seconds):
-    """Print counts, times and tokens; seconds is how long the run took."""
+    """Print counts, times and tokens of the records.
+
+    submitted are those that this run was to submit, and seconds is how long it took.
+    """
     total = len(records)
     counts = Counter(record.outcome for record in records)
     cut_off = sum(record.finish_reason == "length" for record in records)
@@ -809,7 +825,7 @@ def show_table(records, columns, path):
     for record in records[:MAX_ROWS]:
         custom_id = shorten(record.custom_id, 24)
         question = shorten(record.question, 28)
-        status = f"{MARKS[record.outcome]} {record.outcome:<8}"
+        status = f"{MARKS.get(record.outcome, '?')} {record.outcome:<8}"
         start = f"  {custom_id:<10} {status} {question:<30} "
         print(start + answer_cell(record, width - len(start)))
     if len(records) > MAX_ROWS:
@@ -830,18 +846,20 @@ def answer_cell(record, columns):
     return start[: columns - 3] + "..."
 
 
-def show_lost_ids(records, path):
-    """Print the ids that may not be on file, and the Python that puts them there."""
+def lost_ids(records, path):
+    """Return the ids that may not be on file, and the Python that puts them there."""
     # On file these records are Unknown. With an id that is Pending, and --resume polls them.
-    print(
+    text = (
         "\n  The API gave these ids, but they may not be on file. To put them there:\n\n"
         f"      from {Path(sys.argv[0]).stem} import Results\n"
         f"      results = Results({str(path)!r})\n"
-        "      records = {record.custom_id: record for record in results.load()}"
+        "      records = {record.custom_id: record for record in results.load()}\n"
     )
     for record in records:
-        print(f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}")
-    print("      results.save(records.values())")
+        text += (
+            f"      records[{record.custom_id!r}].generation_id = {record.generation_id!r}\n"
+        )
+    return text + "      results.save(records.values())\n"
 
 
 def advice(records, command):
@@ -917,7 +935,9 @@ def open_results(resume):
             return results
         results.close()
         if NOT_SENT in outcomes:
-            print(f"{path} is newer, and has requests not sent: --resume {path} --submit")
+            print(
+                f"{path} is newer, with requests that were not sent: --resume {path} --submit"
+            )
     raise ValueError(f"nothing is pending in {folder}")
 
 
@@ -930,7 +950,7 @@ def handle_signals(command):
             signal.signal(number, signal.SIG_DFL)
         # os.write, as print may be what is being interrupted
         text = (
-            "\n  Stopping when nothing is being submitted. Ctrl-C again stops at once.\n"
+            "\n  Stopping when the submissions under way have ended. Ctrl-C again: at once.\n"
             "  To go on later (--submit also submits what was not sent):\n"
             f"      {command}\n"
         )
@@ -985,7 +1005,7 @@ def end_run(screen, records, unsent, results, command):
     """Save everything, show the summary, and tell if every request has its answer."""
     screen.watched = []
     for record in records:
-        if record.state == SUBMITTING:  # Ctrl-C came as it was handed out
+        if record.state == SUBMITTING:  # Ctrl-C came as it was given to the pool
             record.state = UNKNOWN
             record.error = "the program ended while it was being sent"
     path = results.path.with_suffix(".jsonl")
@@ -1010,13 +1030,13 @@ def end_run(screen, records, unsent, results, command):
     if missing or screen.notes:
         ending = f"Not complete: {missing or 'see above'}"
     next_steps = advice(records, command)
+    if lost:
+        next_steps += lost_ids(lost, results.path)
     try:
         screen.print("")
         screen.print_title("ASYNC GENERATION SUMMARY")
         show_figures(records, unsent, monotonic() - screen.started_at)
         show_table(records, screen.columns, path)
-        if lost:
-            show_lost_ids(lost, results.path)
         for note in screen.notes:
             print("\n" + textwrap.indent(textwrap.fill(printable(note), 78), "  "))
         print(f"{next_steps}\n  Results: {path}\n")

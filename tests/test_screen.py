@@ -578,7 +578,7 @@ class Terminal:
         self.screen = pyte.HistoryScreen(width, 24, history=5000, ratio=1)
         self.stream = pyte.Stream(self.screen)
         self.raw = ""
-        example.edit(REDRAW_SECONDS=0.05)
+        example.edit(REDRAW_SECONDS=0.001)
         example.api.new_runs += 1
         self.child = pexpect.spawn(
             sys.executable,
@@ -639,7 +639,7 @@ def test_a_live_line_is_redrawn_in_place_while_a_call_waits(
     seen.set()
     assert terminal.finish() == 0
     assert "\x1b" not in terminal.raw
-    assert not [line for line in terminal.lines if "⏳ 4 queued" in line]
+    assert not [line for line in terminal.lines if "⏳" in line.replace("(⏳", "")]
     live = [line for line in re.split(r"[\r\n]", terminal.raw) if re.match("  ⏳", line)]
     assert max(map(len, live)) < width
     if width == 80:  # no line wraps: the screen has the very lines that were printed
@@ -686,7 +686,7 @@ def test_ctrl_c_is_answered_below_the_live_line(example: Example) -> None:
     assert terminal.finish() == 130
     lines = [line for line in terminal.lines if line]
     stopping = next(number for number, line in enumerate(lines) if "Stopping" in line)
-    assert lines[stopping - 1].startswith("  ⏳ 4 queued")  # as it was at Ctrl-C
+    assert lines[stopping - 1].endswith("^C")
     assert not [line for line in lines[stopping:] if re.match("  ⏳", line)]
     assert [line for line in lines if "Not complete: 4 pending" in line]
 

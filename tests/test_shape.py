@@ -56,7 +56,7 @@ DIFFERENT = {
     *("NUM_REQUESTS", "POLL_INTERVAL_SECONDS", "MAX_POLL_ATTEMPTS"),
     *("Record.outcome", "Record.update", "check_unsent", "SCHEMA", "UPSERT", "Results.load"),
     *("# submit_all and poll_all", "submit_all", "submit_in_worker", "poll_all"),
-    *("MARKS", "Screen.print_submission", "show_figures", "show_lost_ids"),
+    *("MARKS", "Screen.print_submission", "show_figures", "lost_ids"),
     *("PREFIX", "check_configuration", "new_records", "run", "end_run"),
 }
 # The submissions and polls of many requests at a time, ...

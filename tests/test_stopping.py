@@ -75,8 +75,8 @@ class Gate:
         return answer or await proceed()
 
 
-# Notes for how many submissions the main thread waits. While it is still starting its worker
-# threads, a Ctrl-C can hide one of them from it.
+# Notes for how many calls the main thread waits. While it is still starting its worker threads, a
+# Ctrl-C can hide one of them from it.
 WAITING = """
     wait_unharmed = wait
 
@@ -96,7 +96,9 @@ def start(example: Example, gate: Gate, *arguments: str) -> subprocess.Popen[str
     example.api.choose_fault = gate
     process = example.start(*arguments)
     assert gate.arrived.wait(30), process.poll()
-    while gate.method == "POST" and int(waiting.read_text() or 0) < count:
+    if example.script == GROUP and gate.method == "GET":
+        return process  # it waits for the only call's result, in another way
+    while int(waiting.read_text() or 0) < count:
         assert process.poll() is None
         sleep(0.01)
     return process
@@ -118,7 +120,7 @@ def wait_until_it_says_so(process: subprocess.Popen[str]) -> list[str]:
     """Wait for what Ctrl-C is told at once; return the arguments of its command."""
     assert process.stderr
     said = "".join(process.stderr.readline() for _ in range(4))
-    assert said.startswith("\n  Stopping when nothing is being submitted. Ctrl-C again stops")
+    assert said.startswith("\n  Stopping when the submissions under way have ended. Ctrl-C")
     [arguments] = commands(said)
     return arguments
 
@@ -168,9 +170,9 @@ def on_file(run: Run) -> set[str]:
     return {row[key] for row in run.rows} - {None}
 
 
-def shown_ids(run: Run) -> dict[str, str]:
+def shown_ids(shown: str) -> dict[str, str]:
     """Return the ids that the user is asked to put on file, by custom id."""
-    lines = re.findall(r"^ +records\['(.+)'\]\.\w+_id = '(.+)'$", run.stdout, re.M)
+    lines = re.findall(r"^ +records\['(.+)'\]\.\w+_id = '(.+)'$", shown, re.M)
     return dict(lines)
 
 
@@ -301,6 +303,29 @@ def test_a_second_ctrl_c_ends_the_submission_of_a_group(group: Example) -> None:
     assert list(resumed.states.values()) == ["Success", "Unknown", "Unknown"]
     assert {row["error"] for row in resumed.rows} == {None, UNKNOWN_REASON}
     assert group.submissions == 1
+
+
+INTERRUPTED = """
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, function, *arguments):  # as Ctrl-C can come, before it has a thread
+            raise KeyboardInterrupt
+
+
+    ThreadPoolExecutor = Interrupted
+"""
+
+
+def test_what_ctrl_c_meets_as_it_is_given_to_the_pool_is_unknown(example: Example) -> None:
+    add(example, INTERRUPTED)
+    run = example.run()
+    assert run.code == 130
+    unknown = [row for row in run.rows if row["state"] == "Unknown"]
+    assert len(unknown) == (1 if example.script == SINGLE else 4)
+    assert {row["error"] for row in unknown} == {UNKNOWN_REASON}
+    assert counts(run)["Unknown"] == len(unknown)
+    assert "Submitting" not in run.stdout.partition("SUMMARY")[2]
+    check_answers(run)
+    assert not example.api.calls
 
 
 def test_ctrl_c_during_a_long_retry_after(example: Example) -> None:
@@ -672,7 +697,9 @@ def test_resume_takes_the_newest_with_something_pending(example: Example) -> Non
     assert states == ["Success", "Not sent"]
     assert [row["state"] for row in read_results(oldest)] == ["Queued"]
     told = run.stdout.splitlines()[0]
-    assert told.startswith(f"results/{later} is newer, and has requests not sent: --resume ")
+    assert told.startswith(
+        f"results/{later} is newer, with requests that were not sent: --resume "
+    )
     assert run.stderr == ""
 
 
@@ -863,7 +890,7 @@ def test_ids_that_are_not_on_file_are_shown_with_the_python_for_them(
     run = example.finish(process)
     assert run.code == 1
     assert "complete!" not in run.stdout
-    lost = shown_ids(run)
+    lost = shown_ids(run.stdout)
     assert set(lost.values()) == paid(example)
     assert len(lost) == 5
     # What the disk has when it can be written again: everything but the ids
@@ -890,7 +917,7 @@ def check_full_disk(example: Example, run: Run, before: set[str]) -> None:
     assert "complete!" not in run.stdout
     assert f"results/{run.results.name}: " in run.stdout  # what could not be written
     accepted = paid(example) - before
-    lost = shown_ids(run)
+    lost = shown_ids(run.stdout)
     assert accepted - on_file(run) <= set(lost.values()) <= accepted | before
     for custom_id, each in lost.items():
         members = example.api.groups.get(each) or [example.api.generations[each]]
@@ -918,7 +945,7 @@ def test_a_disk_that_is_full_while_polling(example: Example, which: int) -> None
     assert "complete!" not in run.stdout
     assert "\n Not complete: " in run.stdout
     assert f"results/{run.results.name}: " in run.stdout
-    assert set(shown_ids(run).values()) <= paid(example)
+    assert set(shown_ids(run.stdout).values()) <= paid(example)
     answered = 1 if example.script == SINGLE and which == 0 else 4
     assert Counter(row["state"] for row in run.answers)["Success"] == answered
     resume = ["--resume", f"results/{run.results.name}"]
@@ -975,7 +1002,7 @@ def test_a_file_that_is_lost_while_polling_costs_no_answer(
         assert len({answer["response"] for answer in answers}) == 4
         assert f"can't open results/{path.name}" in run.stdout
     else:
-        assert set(shown_ids(run).values()) == paid(example)
+        assert set(shown_ids(run.stdout).values()) == paid(example)
 
 
 def test_answers_that_cannot_be_written_out_are_on_file(example: Example) -> None:
@@ -1011,7 +1038,7 @@ def test_ctrl_c_puts_all_on_file_again_that_was_deleted(
     check_interrupted(run)
     check_answers(run)
     assert on_file(run) == paid(example)
-    assert shown_ids(run) == {}
+    assert shown_ids(run.stdout) == {}
     example.api.choose_fault = lambda request, body: None
     assert example.run("--resume", str(run.results), "--submit").code == 0
     assert len(example.api.generations) == 4
@@ -1047,7 +1074,7 @@ def test_more_workers_than_file_descriptors_lose_no_id(single: Example) -> None:
     run = single.finish(process)
     assert run.code == 1
     assert len(paid(single)) > 200
-    assert on_file(run) | set(shown_ids(run).values()) == paid(single)
+    assert on_file(run) | set(shown_ids(run.stdout).values()) == paid(single)
     single.edit(MAX_CONCURRENT_POLLS=20)
     submitted = single.run("--resume", str(run.results), "--submit")
     assert submitted.code == 0
@@ -1188,6 +1215,21 @@ def test_a_reader_that_goes_away_when_all_is_done_is_told_nothing(
     run = example.finish(process)
     assert set(run.states.values()) == {"Success"}
     assert run.stderr.strip() == ""
+
+
+def test_ids_that_neither_the_file_nor_the_output_takes_are_told(example: Example) -> None:
+    example.edit(REQUEST_TIMEOUT_SECONDS=60)
+    gate = Gate("POST", count=4 if example.script == SINGLE else 1, is_carried_out=True)
+    process = start(example, gate)
+    [path] = example.folder.glob("results/*.db")
+    replace_the_folder_by_a_file(path)
+    assert process.stdout
+    process.stdout.close()
+    process.stdout = None
+    gate.opened.set()
+    _, told = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 1
+    assert set(shown_ids(told).values()) == paid(example)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
