@@ -305,12 +305,14 @@ class Client:
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
         text = message or content[:500].decode(errors="replace") or "no reason given"
-        reason = f"HTTP {status}: {text}"
+        reason = f"HTTP {status}: {text}".replace(
+            self.api_key, "[API key]"
+        )  # JSON may escape it
         wait_seconds = 0.0
         # A Retry-After that can't be read is ignored.
         with suppress(ValueError, OverflowError, HTTPError):
             wait_seconds = Retry().get_retry_after(response.raw) or 0
-        if wait_seconds > 0:
+        if wait_seconds:
             reason += f" (Retry-After: {int(wait_seconds)} s)"
         paused_until = monotonic() + min(wait_seconds, MAX_RETRY_AFTER_SECONDS)
         self.paused_until = max(self.paused_until, paused_until)
@@ -441,7 +443,7 @@ def check_unsent(records):
     for record in unsent:
         if counts[record.custom_id] > 1:
             raise ValueError(f"more than one record has the custom id {record.custom_id!r}")
-        json.dumps(record.request, allow_nan=False)
+        json.dumps(asdict(record), allow_nan=False)
         repeated = find(record.request, str, "metadata", "custom_id")
         if not repeated or repeated != record.custom_id:
             raise ValueError(
@@ -461,11 +463,14 @@ SCHEMA = """
 
     -- Refuse to submit a record a second time. A program that forgets to load makes records
     -- anew: Not sent, and without an error. (After an attempt, what is Not sent has one.) A
-    -- program that loads twice sets Submitting twice.
+    -- program that loads twice sets Submitting, or Not sent, where an id or an answer is.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON group_requests
     WHEN old.state <> 'Not sent' AND (
         new.state = 'Submitting'
-        OR (new.state = 'Not sent' AND json_extract(new.record, '$.error') IS NULL)
+        OR (new.state = 'Not sent' AND (
+            old.state NOT IN ('Submitting', 'Unknown', 'Failed')
+            OR json_extract(new.record, '$.error') IS NULL
+        ))
     )
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 
@@ -633,7 +638,7 @@ def poll_all(
         pending = [record for record in records if record.outcome == PENDING]
         if not pending:
             return
-        if attempt > 0:
+        if attempt:
             sleep(interval_seconds)
         final = []
         for group_id in {record.group_id for record in pending}:
@@ -658,8 +663,8 @@ def match(generations, group, records):
     for is dropped.
     """
     pending = {record.custom_id: record for record in group}
-    known_ids = {None}
-    known_ids |= {record.generation_id for record in records if record.outcome != PENDING}
+    known_ids = {record.generation_id for record in records if record.outcome != PENDING}
+    known_ids |= {None}
     final = []
     for generation in generations:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
@@ -698,15 +703,14 @@ class Screen:
         self.watched = records  # what the live line tells of
         self.notes = []  # what went wrong, to be printed at the end
         self.started_at = monotonic()
-        self.blank = ""  # erases the live line
-        if self.is_terminal:
-            self.blank = "\r" + " " * (self.columns - 1) + "\r"
+        blank = " " * (self.columns - 1)
+        self.erase = f"\r{blank}\r" if self.is_terminal else ""  # removes the live line
         Thread(target=self.redraw, daemon=True).start()
 
     def print(self, text):
         """Print text in the place of the live line."""
         with self.lock:
-            print(self.blank + text)
+            print(self.erase + text)
 
     def redraw(self):
         """Print the live line again and again: how many are in which state, for how long."""
@@ -719,7 +723,7 @@ class Screen:
             # If stdout is closed, the main thread will notice.
             with self.lock, suppress(OSError):
                 if self.watched:
-                    print(f"{self.blank}  {line}", end=line_end, flush=True)
+                    print(f"{self.erase}  {line}", end=line_end, flush=True)
 
     def print_title(self, title):
         """Print a title between two rules."""

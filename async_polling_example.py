@@ -302,12 +302,14 @@ class Client:
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
         text = message or content[:500].decode(errors="replace") or "no reason given"
-        reason = f"HTTP {status}: {text}"
+        reason = f"HTTP {status}: {text}".replace(
+            self.api_key, "[API key]"
+        )  # JSON may escape it
         wait_seconds = 0.0
         # A Retry-After that can't be read is ignored.
         with suppress(ValueError, OverflowError, HTTPError):
             wait_seconds = Retry().get_retry_after(response.raw) or 0
-        if wait_seconds > 0:
+        if wait_seconds:
             reason += f" (Retry-After: {int(wait_seconds)} s)"
         paused_until = monotonic() + min(wait_seconds, MAX_RETRY_AFTER_SECONDS)
         self.paused_until = max(self.paused_until, paused_until)
@@ -429,7 +431,7 @@ def check_unsent(records):
     for record in unsent:
         if counts[record.custom_id] > 1:
             raise ValueError(f"more than one record has the custom id {record.custom_id!r}")
-        json.dumps(record.request, allow_nan=False)
+        json.dumps(asdict(record), allow_nan=False)
         repeated = find(record.request, str, "metadata", "custom_id")
         if not repeated or repeated != record.custom_id:
             raise ValueError(
@@ -449,11 +451,14 @@ SCHEMA = """
 
     -- Refuse to submit a record a second time. A program that forgets to load makes records
     -- anew: Not sent, and without an error. (After an attempt, what is Not sent has one.) A
-    -- program that loads twice sets Submitting twice.
+    -- program that loads twice sets Submitting, or Not sent, where an id or an answer is.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON single_requests
     WHEN old.state <> 'Not sent' AND (
         new.state = 'Submitting'
-        OR (new.state = 'Not sent' AND json_extract(new.record, '$.error') IS NULL)
+        OR (new.state = 'Not sent' AND (
+            old.state NOT IN ('Submitting', 'Unknown', 'Failed')
+            OR json_extract(new.record, '$.error') IS NULL
+        ))
     )
     BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
 
@@ -527,7 +532,7 @@ class Results:
 
 MAX_SUBMIT_ATTEMPTS = 5
 MAX_UNCERTAIN = 5  # in a row
-CHECK_SECONDS = 0.05  # how often the loops look for what has ended
+CHECK_SECONDS = 0.05  # how often poll_all looks for what is due
 
 
 def submit_all(
@@ -541,7 +546,8 @@ def submit_all(
     LockedOut, NotAccepted (five attempts), Uncertain (five in a row), or what save raised.
     """
     waiting = deque(check_unsent(list(records)))
-    save(list(waiting))  # whatever ends the program, the file has the whole job
+    # Whatever ends the program, the file has the whole job. (What has an error is there already.)
+    save([record for record in waiting if not record.error])
     under_way: dict[Future[None], Record] = {}
     stop = Event()
     error = None
@@ -559,7 +565,7 @@ def submit_all(
                     record.state = NOT_SENT
                     raise
                 under_way[future] = record
-            for future in wait(under_way, CHECK_SECONDS, FIRST_COMPLETED).done:
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 record = under_way.pop(future)
                 error = error or future.exception()
                 uncertain_in_a_row = uncertain_in_a_row + 1 if record.state == UNKNOWN else 0
@@ -699,15 +705,14 @@ class Screen:
         self.watched = records  # what the live line tells of
         self.notes = []  # what went wrong, to be printed at the end
         self.started_at = monotonic()
-        self.blank = ""  # erases the live line
-        if self.is_terminal:
-            self.blank = "\r" + " " * (self.columns - 1) + "\r"
+        blank = " " * (self.columns - 1)
+        self.erase = f"\r{blank}\r" if self.is_terminal else ""  # removes the live line
         Thread(target=self.redraw, daemon=True).start()
 
     def print(self, text):
         """Print text in the place of the live line."""
         with self.lock:
-            print(self.blank + text)
+            print(self.erase + text)
 
     def redraw(self):
         """Print the live line again and again: how many are in which state, for how long."""
@@ -720,7 +725,7 @@ class Screen:
             # If stdout is closed, the main thread will notice.
             with self.lock, suppress(OSError):
                 if self.watched:
-                    print(f"{self.blank}  {line}", end=line_end, flush=True)
+                    print(f"{self.erase}  {line}", end=line_end, flush=True)
 
     def print_title(self, title):
         """Print a title between two rules."""

@@ -1134,6 +1134,18 @@ def with_a_number_as_custom_id(kit: Kit) -> list[Any]:
     return records
 
 
+def with_nan(kit: Kit) -> list[Any]:
+    records = kit.records(2)
+    records[1].request["temperature"] = float("nan")
+    return records
+
+
+def with_nan_as_question(kit: Kit) -> list[Any]:
+    records = kit.records(2)
+    records[1].question = float("nan")  # as pandas has it where a cell is empty
+    return records
+
+
 def with_no_json(kit: Kit) -> list[Any]:
     records = kit.records(2)
     records[1].request["temperature"] = {0.5}
@@ -1148,6 +1160,8 @@ WRONG = {
     with_another_custom_id: ValueError,
     with_an_empty_custom_id: ValueError,
     with_a_number_as_custom_id: ValueError,
+    with_nan: ValueError,
+    with_nan_as_question: ValueError,
     with_no_json: TypeError,
 }
 
@@ -1462,6 +1476,36 @@ def test_a_program_that_forgot_to_load_is_stopped_before_it_pays_again(kit: Kit)
         kit.submit(kit.records(3))
     assert len(kit.api.generations) == 3
     assert kit.results.load() == on_file
+
+
+def test_a_second_copy_of_what_was_tried_before_is_stopped_before_it_pays_again(
+    kit: Kit,
+) -> None:
+    kit.api.choose_fault = lambda request, body: status(402, "no credit")
+    records = kit.records(4)
+    with pytest.raises(kit.module.LockedOut):
+        kit.submit(records)
+    kit.api.choose_fault = lambda request, body: None
+    first, second, third = [kit.results.load() for _ in range(3)]
+    first[0].state = "Submitting"
+    kit.results.save(first[:1])
+    with pytest.raises(OSError, match="load"):
+        kit.submit(second[:1])
+    assert [record.outcome for record in kit.results.load()] == [
+        "Submitting",
+        *["Not sent"] * 3,
+    ]
+    first[0].state = "Not sent"
+    kit.results.save(first[:1])
+    kit.submit(first)
+    on_file = kit.results.load()
+    assert [record.outcome for record in on_file] == ["Pending"] * 4
+    for use in (kit.submit, kit.results.save):
+        with pytest.raises(OSError, match="load"):
+            use(third)
+    assert kit.results.load() == on_file
+    assert len(kit.api.generations) == 4
+    assert kit.api.made_again() == 0
 
 
 def test_what_was_being_sent_when_a_program_ended_is_unknown(

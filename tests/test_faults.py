@@ -894,6 +894,11 @@ ECHOES = {
     "in plain text": body(f"Bearer {API_KEY}".encode(), "text/plain", 400),
     "in HTML": body(f"<p>Bearer {API_KEY}</p>".encode(), "text/html", 403),
     "in an id": body(json.dumps({"id": f"a.{API_KEY}", "groupId": f"a.{API_KEY}"}).encode()),
+    "escaped in JSON": body(
+        b'{"error": {"message": "%b?"}}' % API_KEY.replace("-", "\\u002d").encode(),
+        "application/json",
+        401,
+    ),
     "in a lock-out": status(401, f"{API_KEY} is not valid"),
     "in the status line": raw(b"HTTP/1.1 401 %b is not valid\r\n\r\n" % API_KEY.encode()),
     "in what is no HTTP": raw(b"%b is not valid\r\n\r\n" % API_KEY.encode()),

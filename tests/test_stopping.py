@@ -80,9 +80,9 @@ class Gate:
 WAITING = """
     wait_unharmed = wait
 
-    def wait(futures, *options):
+    def wait(futures, *options, **more):
         Path("waiting").write_text(str(len(futures)))
-        return wait_unharmed(futures, *options)
+        return wait_unharmed(futures, *options, **more)
 """
 
 
