@@ -125,14 +125,17 @@ def run(script: str, environment: dict[str, str], **constants: Any) -> dict[str,
         for name, value in constants.items():
             text = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.M)
         (Path(folder) / script).write_text(text, "utf-8")
-        # The child reports on itself at its end. Its peak memory is not taken from getrusage,
-        # which on Linux begins with what the parent had.
+        # The child reports on itself at its end, so it calls main itself: the script would leave by
+        # os._exit. Its peak memory is not taken from getrusage, which on Linux begins with what
+        # the parent had.
         code = (
             "import re, resource, runpy, sys\n"
-            f"runpy.run_path({script!r}, run_name='__main__')\n"
+            f"sys.argv = [{script!r}]\n"
+            f"exit_code = runpy.run_path({script!r})['main']()\n"
             "used = resource.getrusage(resource.RUSAGE_SELF)\n"
             "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
             "print(used.ru_utime + used.ru_stime, peak, file=sys.stderr)\n"
+            "sys.exit(exit_code)\n"
         )
         started = time.monotonic()
         done = subprocess.run(
