@@ -84,7 +84,7 @@ NUM_REQUESTS = 10  # how many to ask, up to 50; the samples repeat if there are 
 MODEL_ID = "inference-net/load-test"  # the model that answers
 MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut off
 POLL_INTERVAL_SECONDS = 2  # between two polls of the group
-MAX_POLL_ATTEMPTS = 120  # polls of the group in a run; raise both to wait for hours
+MAX_POLL_ATTEMPTS = 120  # polls of it in a run; for hours, raise this and the interval
 REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
@@ -125,9 +125,8 @@ def build_request(custom_id: str, question: str) -> Json:
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # https; http only to this machine, as everybody on the way could read the key
 URL = r"(?a)(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\]))(:\d+)?(/[\w./-]*)?"
-MAX_RETRY_AFTER_SECONDS = (
-    120  # the longest pause; a submission told to wait longer: LockedOut
-)
+# The longest pause for a Retry-After; a submission that is told to wait longer is LockedOut
+MAX_RETRY_AFTER_SECONDS = 120
 MAX_IDLE_SECONDS = 30  # an older connection may be dead: a submission would be Uncertain
 
 
@@ -161,15 +160,15 @@ class LockedOut(ApiError):
     """The API accepts no request for now: check the key, the credit, or the certificate.
 
     401; for a submission also 402, 403, and a 429 that asks to wait for more than two
-    minutes; a certificate that can't be verified.
+    minutes; a certificate that can't be verified. For a poll, 402 and 403 are Refused.
     """
 
 
 class NotAccepted(ApiError):
-    """The call surely had no effect, and is safe to repeat.
+    """The call surely changed nothing, and is safe to repeat.
 
-    No connection was made, or 429. For a poll, which has no effect, also a timeout or a
-    broken connection.
+    No connection was made, or 429. For a poll, which never changes anything, also a timeout
+    or a broken connection.
     """
 
 
@@ -201,7 +200,9 @@ class Client:
         self.paused_until = 0.0  # Retry-After, in monotonic() time: see wait
         self.local = threading.local()  # each thread has a session of its own
         if not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError("set INFERENCE_API_KEY to your key (see https://inference.net)")
+            raise ValueError(
+                "set INFERENCE_API_KEY to your key, without spaces (see https://inference.net)"
+            )
         if not re.fullmatch(URL, self.base_url):  # not shown, as it may hold the key
             raise ValueError(
                 "INFERENCE_BASE_URL can't be used: it must begin with https:// (http:// only for "
@@ -271,9 +272,8 @@ class Client:
     def session(self):
         """Return this thread's session, without a connection that was idle for long."""
         local = self.local
-        is_missing = (
-            getattr(local, "process_id", None) != os.getpid()
-        )  # a new thread, or a fork
+        # A new thread has none, and a fork has its parent's.
+        is_missing = getattr(local, "process_id", None) != os.getpid()
         if is_missing or monotonic() > local.usable_until:
             local.process_id = os.getpid()
             local.session = Session()
@@ -305,9 +305,8 @@ class Client:
         status = response.status_code
         message = find(parse_json(content), str, "error", "message")
         text = message or content[:500].decode(errors="replace") or "no reason given"
-        reason = f"HTTP {status}: {text}".replace(
-            self.api_key, "[API key]"
-        )  # JSON may escape it
+        # JSON may have escaped the key: it is taken out again.
+        reason = f"HTTP {status}: {text}".replace(self.api_key, "[API key]")
         wait_seconds = 0.0
         # A Retry-After that can't be read is ignored.
         with suppress(ValueError, OverflowError, HTTPError):
@@ -318,6 +317,7 @@ class Client:
         self.paused_until = max(self.paused_until, paused_until)
         if status == 401:
             return LockedOut(f"{reason} (check INFERENCE_API_KEY)")
+        # A 429 that asks a submission to wait longer is LockedOut, below.
         if status == 429 and (method == "GET" or wait_seconds <= MAX_RETRY_AFTER_SECONDS):
             return NotAccepted(reason)
         if method == "POST" and status in (402, 403, 429):
@@ -329,7 +329,7 @@ class Client:
         return Uncertain(reason)
 
     def wait(self, seconds, stop) -> bool:
-        """Wait that long, and as Retry-After asks; return False if stop is set meanwhile."""
+        """Wait so long, and for any call's Retry-After; return False if stop is set meanwhile."""
         until = monotonic() + seconds
         while not stop.is_set():
             remaining_seconds = max(until, self.paused_until) - monotonic()
@@ -375,7 +375,7 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """Success, Failed, Not sent, ...; else Pending with an id, Unknown without one."""
+        """Success, Failed, Not sent, ... Any other is Pending with an id, else Unknown."""
         if self.state in (SUCCESS, FAILED, NOT_SENT, SUBMITTING, NO_MATCH):
             return self.state
         if self.group_id:
@@ -453,7 +453,7 @@ def check_unsent(records):
     return unsent
 
 
-# A row for each record, which is there as JSON. What was saved survives a kill.
+# A row for each record, with the record as JSON. What was saved survives a kill.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -461,18 +461,16 @@ SCHEMA = """
         custom_id TEXT PRIMARY KEY, state TEXT NOT NULL, record TEXT NOT NULL
     );
 
-    -- Refuse to submit a record a second time. A program that forgets to load makes records
-    -- anew: Not sent, and without an error. (After an attempt, what is Not sent has one.) A
-    -- program that loads twice sets Submitting, or Not sent, where an id or an answer is.
+    -- Pay once: only what is Not sent can become Submitting. What is Submitting, Unknown or Failed
+    -- can become Not sent again, but only with an error. After an attempt it has one; if a program
+    -- has made it anew, as it forgot to load it, it has none.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON group_requests
-    WHEN old.state <> 'Not sent' AND (
-        new.state = 'Submitting'
-        OR (new.state = 'Not sent' AND (
+    WHEN (new.state = 'Submitting' AND old.state <> 'Not sent')
+        OR (new.state = 'Not sent' AND old.state <> 'Not sent' AND (
             old.state NOT IN ('Submitting', 'Unknown', 'Failed')
             OR json_extract(new.record, '$.error') IS NULL
         ))
-    )
-    BEGIN SELECT RAISE(ABORT, 'it has a record of this custom_id already: use load()'); END;
+    BEGIN SELECT RAISE(ABORT, 'it was submitted: use load(), or save it as Not sent first'); END;
 
     -- Nobody else has the file open: what is Submitting was left so when a program ended.
     UPDATE group_requests
@@ -488,11 +486,12 @@ UPSERT = """
 
 
 class Results:
-    """The file that keeps the records: SQLite, a row each. It is made if it is missing.
+    """The file that keeps the records: SQLite, a row for each. It is made if it is missing.
 
     Threads can share it, processes can't: OSError if it is open already. (Open it after a
     fork, not before.) save raises OSError, too, if the file can't be written. Begin with
-    load(): save refuses records that are made anew in the place of submitted ones.
+    load(): save refuses records that are made anew in the place of submitted ones. To submit a
+    Failed or Unknown record again, make its state Not sent, leave its error, and save it.
     """
 
     def __init__(self, path):
@@ -576,7 +575,7 @@ def submit_in_worker(client, records, save, stop):
     """Submit a group. Try again only what surely was not accepted."""
     requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
-        # Again, after an attempt: nobody else may submit them meanwhile.
+        # From the second attempt on, too: nobody else may submit them during the wait.
         mark(records, state=SUBMITTING, group_id=None)
         # Up to 0, 1, 2, 4, 8 seconds, at random: not all come again at the same time.
         backoff_seconds = random.uniform(0, 2**attempt // 2)
@@ -700,7 +699,7 @@ class Screen:
         self.lock = Lock()
         self.columns = shutil.get_terminal_size().columns
         self.is_terminal = sys.stdout.isatty()
-        self.watched = records  # what the live line tells of
+        self.watched = records  # which the live line counts
         self.notes = []  # what went wrong, to be printed at the end
         self.started_at = monotonic()
         blank = " " * (self.columns - 1)
@@ -718,7 +717,7 @@ class Screen:
             sleep(REDRAW_SECONDS if self.is_terminal else REPEAT_SECONDS)
             states = tally(record.state for record in self.watched)
             duration = timedelta(seconds=int(monotonic() - self.started_at))
-            line = shorten(f"⏳ {states}, {duration}", self.columns - 3)
+            line = shorten(f"⏳ {states}, {duration}", self.columns - 4)
             line_end = "" if self.is_terminal else "\n"
             # If stdout is closed, the main thread will notice.
             with self.lock, suppress(OSError):
@@ -860,7 +859,8 @@ def answer_cell(record, columns):
 
 def lost_ids(records, path):
     """Return the ids that may not be on file, and the Python that puts them there."""
-    # On file these records are Unknown. With an id that is Pending, and --resume polls them.
+    # On file these records are Unknown, without an id. Once they have one they are Pending (see
+    # Record.outcome), and --resume polls them.
     text = (
         "\n  The API gave these ids, but they may not be on file. To put them there:\n\n"
         f"      from {Path(sys.argv[0]).stem} import Results\n"
@@ -877,7 +877,9 @@ def advice(records, command):
     outcomes = {record.outcome for record in records}
     text = ""
     if UNKNOWN in outcomes:
-        text += "\n  ? Unknown: perhaps accepted, and paid for. Look at the dashboard.\n"
+        text += (
+            "\n  ? Unknown: perhaps paid for. See README (Coming back later) and dashboard.\n"
+        )
     if PENDING in outcomes:
         text += f"\n  … Pending: accepted. To go on polling:\n      {command}\n"
     if NOT_SENT in outcomes:
@@ -903,7 +905,7 @@ def check_configuration():
         kind = (int, float) if name.endswith("_SECONDS") else int
         if not isinstance(value, kind) or not 0 < value <= 1_000_000:
             raise ValueError(
-                f"{name} must be a number up to 1,000,000 (a fraction only for seconds), "
+                f"{name} must be a whole number from 1 to 1,000,000 (seconds: also a fraction), "
                 f"not {value!r}"
             )
 
@@ -912,11 +914,15 @@ def new_records():
     """Return a record for each question; ValueError if load_questions returns anything else."""
     questions = load_questions()
     if not isinstance(questions, dict) or not questions:
-        raise ValueError(f"load_questions returned {questions!r}: no questions by custom id")
+        raise ValueError(
+            f"load_questions must return texts by custom id, not {questions!r:.60}"
+        )
     records = []
     for custom_id, question in questions.items():
         if not isinstance(question, str):
-            raise ValueError(f"load_questions: {custom_id!r} has {question!r}: no text")
+            raise ValueError(
+                f"load_questions: {custom_id!r} has {question!r:.60}, which is no text"
+            )
         records.append(new_record(custom_id, question))
     check_unsent(records)
     return records
@@ -961,7 +967,7 @@ def handle_signals(command):
         # os.write, as print may be what is being interrupted
         text = (
             "\n  Stopping when the submissions under way have ended. Ctrl-C again: at once.\n"
-            "  To go on later (--submit also submits what was not sent):\n"
+            "  To go on later (add --submit for what was not sent):\n"
             f"      {command}\n"
         )
         os.write(2, text.encode())
@@ -1018,7 +1024,7 @@ def end_run(screen, records, unsent, results, command):
     """Save everything, show the summary, and tell if every request has its answer."""
     screen.watched = []
     for record in records:
-        if record.state == SUBMITTING:  # Ctrl-C came as it was given to the pool
+        if record.state == SUBMITTING:  # Ctrl-C came as it was handed to a worker
             record.state = UNKNOWN
             record.error = "the program ended while it was being sent"
     path = results.path.with_suffix(".jsonl")

@@ -1508,6 +1508,28 @@ def test_a_second_copy_of_what_was_tried_before_is_stopped_before_it_pays_again(
     assert kit.api.made_again() == 0
 
 
+@pytest.mark.parametrize("state", ["Failed", "Unknown"])
+def test_what_is_saved_as_not_sent_is_submitted_again(kit: Kit, state: str) -> None:
+    records = kit.records(3)
+    for record in records:
+        record.state, record.error = state, "a reason"
+    kit.results.save(records)
+    records = kit.results.load()
+    kit.submit(records)
+    assert not kit.api.calls
+    for record in records:
+        record.state = "Not sent"
+    with pytest.raises(OSError, match="save it as Not sent first"):
+        kit.submit(records)
+    assert not kit.api.calls
+    for record in records:
+        record.state = "Not sent"
+    kit.results.save(records)
+    kit.submit(records)
+    assert [record.outcome for record in kit.results.load()] == ["Pending"] * 3
+    assert len(kit.api.generations) == 3
+
+
 def test_what_was_being_sent_when_a_program_ended_is_unknown(
     kit: Kit, tmp_path: Path
 ) -> None:

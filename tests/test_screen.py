@@ -393,7 +393,7 @@ def test_what_did_not_succeed_is_counted_and_listed(single: Example) -> None:
         "HTTP 402: no credit": 1,
     }
     advice = [
-        r"^  \? Unknown: perhaps accepted, and paid for\b.* dashboard\b.*$",
+        r"^  \? Unknown: perhaps paid for\b.* dashboard\b.*$",
         rf'^  … Pending: .*\n      uv run "{single.script}" --resume "results/{run.results.name}"$',
         rf'^  - Not sent: .*\n      uv run .* --resume "results/{run.results.name}" --submit$',
         rf"^  Results: results/{run.results.stem}\.jsonl$",
