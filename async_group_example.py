@@ -18,7 +18,7 @@ The life of a request, in the words of Record.state:
                     |
                     +-> Not sent   surely not accepted: it can be sent again
                     +-> Failed     refused
-                    +-> Unknown    perhaps accepted, and paid for: never sent again
+                    +-> Unknown    perhaps accepted, and paid for: never sent again by itself
 
 The parts of this file:
 
@@ -85,7 +85,7 @@ MODEL_ID = "inference-net/load-test"  # the model that answers
 MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut off
 POLL_INTERVAL_SECONDS = 2  # between two polls of the group
 MAX_POLL_ATTEMPTS = 120  # polls of it in a run; for hours, raise this and the interval
-REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
+REQUEST_TIMEOUT_SECONDS = 30  # to connect, and again for an answer; to read it, twice that
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
 SAMPLE_QUESTIONS = [
@@ -349,7 +349,7 @@ FAILED = "Failed"  # also: refused when it was submitted
 # Our states, before there is one of the API's
 NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
-UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
+UNKNOWN = "Unknown"  # sent, and perhaps accepted: only you can make it Not sent again
 NO_MATCH = "No match"  # a generation of a group that answers none of its questions
 # An outcome, not a state: accepted, so that it has an id, and not final yet
 PENDING = "Pending"
@@ -461,9 +461,9 @@ SCHEMA = """
         custom_id TEXT PRIMARY KEY, state TEXT NOT NULL, record TEXT NOT NULL
     );
 
-    -- Pay once: only what is Not sent can become Submitting. What is Submitting, Unknown or Failed
-    -- can become Not sent again, but only with an error. After an attempt it has one; if a program
-    -- has made it anew, as it forgot to load it, it has none.
+    -- Pay once. Only what is Not sent can become Submitting. What is Submitting, Unknown or
+    -- Failed can become Not sent again, if it has an error: an attempt that failed leaves one.
+    -- A record that a program has made anew, without load(), has none, and is refused.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON group_requests
     WHEN (new.state = 'Submitting' AND old.state <> 'Not sent')
         OR (new.state = 'Not sent' AND old.state <> 'Not sent' AND (
@@ -568,7 +568,7 @@ def submit_all(client, pool, records, save) -> Iterator[Records]:
         future.result()
     finally:
         stop.set()
-        wait([future])  # they may have been paid for
+        wait([future])  # until the id is saved: they may have been paid for
 
 
 def submit_in_worker(client, records, save, stop):
@@ -992,7 +992,7 @@ def run(client, results, records, unsent, screen):
             screen.print_questions(unsent)
             for submitted in submit_all(client, pool, unsent, results.save):
                 screen.print_submission(submitted)
-    except ApiError as error:
+    except ApiError as error:  # what was accepted is polled all the same
         screen.notes.append(f"Stopped submitting: {error}")
     pending = [record for record in records if record.outcome == PENDING]
     if pending:

@@ -18,7 +18,7 @@ The life of a request, in the words of Record.state:
                     |
                     +-> Not sent   surely not accepted: it can be sent again
                     +-> Failed     refused
-                    +-> Unknown    perhaps accepted, and paid for: never sent again
+                    +-> Unknown    perhaps accepted, and paid for: never sent again by itself
 
 The parts of this file:
 
@@ -85,7 +85,7 @@ MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut
 POLL_INTERVAL_SECONDS = 1  # between two polls of a generation
 MAX_POLL_ATTEMPTS = 120  # polls of each in a run; for hours, raise this and the interval
 MAX_CONCURRENT_POLLS = 5  # calls at a time, submissions too; macOS allows about 200
-REQUEST_TIMEOUT_SECONDS = 30  # to connect, and for each wait for data
+REQUEST_TIMEOUT_SECONDS = 30  # to connect, and again for an answer; to read it, twice that
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
 SAMPLE_QUESTIONS = [
@@ -346,7 +346,7 @@ FAILED = "Failed"  # also: refused when it was submitted
 # Our states, before there is one of the API's
 NOT_SENT = "Not sent"  # surely not accepted: it can be submitted
 SUBMITTING = "Submitting"  # being sent, or about to be
-UNKNOWN = "Unknown"  # sent, and perhaps accepted: it is never sent again
+UNKNOWN = "Unknown"  # sent, and perhaps accepted: only you can make it Not sent again
 # An outcome, not a state: accepted, so that it has an id, and not final yet
 PENDING = "Pending"
 
@@ -449,9 +449,9 @@ SCHEMA = """
         custom_id TEXT PRIMARY KEY, state TEXT NOT NULL, record TEXT NOT NULL
     );
 
-    -- Pay once: only what is Not sent can become Submitting. What is Submitting, Unknown or Failed
-    -- can become Not sent again, but only with an error. After an attempt it has one; if a program
-    -- has made it anew, as it forgot to load it, it has none.
+    -- Pay once. Only what is Not sent can become Submitting. What is Submitting, Unknown or
+    -- Failed can become Not sent again, if it has an error: an attempt that failed leaves one.
+    -- A record that a program has made anew, without load(), has none, and is refused.
     CREATE TRIGGER IF NOT EXISTS load_first BEFORE UPDATE ON single_requests
     WHEN (new.state = 'Submitting' AND old.state <> 'Not sent')
         OR (new.state = 'Not sent' AND old.state <> 'Not sent' AND (
@@ -545,7 +545,7 @@ def submit_all(
     attempts), Uncertain (five in a row), or what save raised.
     """
     waiting = deque(check_unsent(list(records)))
-    # Whatever ends the program, the file has the whole job. (What was tried was saved then.)
+    # The file has the whole job from now on. (What has an error is there since its attempt.)
     save([record for record in waiting if not record.error])
     under_way: dict[Future[None], Record] = {}
     stop = Event()
@@ -578,7 +578,7 @@ def submit_all(
             raise error
     finally:
         stop.set()
-        wait(under_way)  # they may have been paid for
+        wait(under_way)  # until each has saved its id: it may have been paid for
 
 
 def submit_in_worker(client, record, save, stop):
@@ -986,7 +986,7 @@ def run(client, results, records, unsent, screen):
             screen.print_section(f"Submitting {len(unsent)} Requests")
             for record in submit_all(client, pool, unsent, results.save):
                 screen.print_submission(record, len(unsent))
-    except ApiError as error:
+    except ApiError as error:  # what was accepted is polled all the same
         screen.notes.append(f"Stopped submitting: {error}")
     pending = [record for record in records if record.outcome == PENDING]
     if pending:
