@@ -248,8 +248,7 @@ class Client:
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
-            host = urlsplit(self.base_url).netloc
-            reason = f"{cause} ({type(error).__name__} at {host})"
+            reason = f"{cause} ({type(error).__name__} at {urlsplit(self.base_url).netloc})"
             reason = reason.replace(self.api_key, "[API key]")
             # requests begins to read the upload when a connection stands.
             may_have_been_sent = upload is not None and upload.tell() > 0
@@ -573,7 +572,6 @@ def submit_all(client, pool, records, save) -> Iterator[Records]:
 
 def submit_in_worker(client, records, save, stop):
     """Submit a group. Try again only what surely was not accepted."""
-    requests = [record.request for record in records]
     for attempt in range(MAX_SUBMIT_ATTEMPTS):
         # From the second attempt on, too: nobody else may submit them during the wait.
         mark(records, state=SUBMITTING, group_id=None)
@@ -588,7 +586,7 @@ def submit_in_worker(client, records, save, stop):
             mark(records, state=NOT_SENT)
             raise
         try:
-            group_id = client.submit_group(requests)
+            group_id = client.submit_group([record.request for record in records])
             mark(records, state=QUEUED, group_id=group_id, error=None)
         except Exception as error:
             mark(records, state=state_after(error), error=str(error))
@@ -830,14 +828,16 @@ def show_figures(records, submitted, seconds):
 def show_table(records, columns, path):
     """Print the questions with their answers, on a wide terminal more of the answers."""
     width = max(columns, 80)
+    # From 10 to 24 columns, so that the name of a file can be a custom id
+    id_columns = max(len(f"{shorten(record.custom_id, 24):<10}") for record in records)
     print("\n  Request-Response Correlation\n  --------------------------------\n")
-    print(f"  ID         Status     {'Question':<30} Response")
-    print(f"  {'-' * 10} {'-' * 10} {'-' * 30} {'-' * (width - 55)}")
+    print(f"  {'ID':<{id_columns}} Status     {'Question':<30} Response")
+    print(f"  {'-' * id_columns} {'-' * 10} {'-' * 30} {'-' * (width - id_columns - 45)}")
     for record in records[:MAX_ROWS]:
         custom_id = shorten(record.custom_id, 24)
         question = shorten(record.question, 28)
         status = f"{MARKS.get(record.outcome, '?')} {record.outcome:<8}"
-        start = f"  {custom_id:<10} {status} {question:<30} "
+        start = f"  {custom_id:<{id_columns}} {status} {question:<30} "
         print(start + answer_cell(record, width - len(start)))
     if len(records) > MAX_ROWS:
         print(f"  ... and {len(records) - MAX_ROWS} more in {path}")
