@@ -328,7 +328,7 @@ class Client:
         return Uncertain(reason)
 
     def wait(self, seconds, stop) -> bool:
-        """Wait so long, and for any call's Retry-After; return False if stop is set meanwhile."""
+        """Wait, and until any Retry-After is over; return False if stop is set meanwhile."""
         until = monotonic() + seconds
         while not stop.is_set():
             remaining_seconds = max(until, self.paused_until) - monotonic()
@@ -442,7 +442,7 @@ def check_unsent(records):
     for record in unsent:
         if counts[record.custom_id] > 1:
             raise ValueError(f"more than one record has the custom id {record.custom_id!r}")
-        json.dumps(asdict(record), allow_nan=False)
+        json.dumps(asdict(record), allow_nan=False)  # raises, if it is no JSON
         repeated = find(record.request, str, "metadata", "custom_id")
         if not repeated or repeated != record.custom_id:
             raise ValueError(
@@ -661,7 +661,7 @@ def match(generations, group, records):
     """
     pending = {record.custom_id: record for record in group}
     known_ids = {record.generation_id for record in records if record.outcome != PENDING}
-    known_ids |= {None}
+    known_ids |= {None}  # without an id, it might be known
     final = []
     for generation in generations:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
@@ -924,8 +924,7 @@ def new_records():
                 f"load_questions: {custom_id!r} has {question!r:.60}, which is no text"
             )
         records.append(new_record(custom_id, question))
-    check_unsent(records)
-    return records
+    return check_unsent(records)
 
 
 def open_results(resume):
@@ -1023,16 +1022,15 @@ def write_answers(records, path):
 def end_run(screen, records, unsent, results, command):
     """Save everything, show the summary, and tell if every request has its answer."""
     screen.watched = []
-    for record in records:
-        if record.state == SUBMITTING:  # Ctrl-C came as it was handed to a worker
-            record.state = UNKNOWN
-            record.error = "the program ended while it was being sent"
     path = results.path.with_suffix(".jsonl")
     lost = []
     try:
         results.close()
         results = Results(results.path)  # makes it anew if it was deleted meanwhile
-        results.save(records)
+        # What Ctrl-C met on its way to a worker is Submitting still. The file knows if it
+        # may have been sent.
+        results.save([record for record in records if record.state != SUBMITTING])
+        records = results.load()
         results.close()
     except OSError as error:
         screen.notes.append(str(error))

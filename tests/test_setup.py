@@ -202,6 +202,7 @@ def test_more_than_a_group_holds(group: Example) -> None:
     for word in ("51", "50", "NUM_REQUESTS", SINGLE):
         assert word in run.stderr
     assert not group.api.calls
+    assert not (group.folder / "results").exists()  # nothing is left to be resumed
     group.edit(NUM_REQUESTS=50)
     assert group.run().code == 0
 

@@ -57,7 +57,7 @@ DIFFERENT = {
     *("Record.outcome", "Record.update", "check_unsent", "SCHEMA", "UPSERT", "Results.load"),
     *("# submit_all and poll_all", "submit_all", "submit_in_worker", "poll_all"),
     *("MARKS", "Screen.print_submission", "show_figures", "lost_ids"),
-    *("PREFIX", "check_configuration", "new_records", "run", "end_run"),
+    *("PREFIX", "check_configuration", "run", "end_run"),
 }
 # The submissions and polls of many requests at a time, ...
 ONLY_SINGLE = {

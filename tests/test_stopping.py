@@ -307,7 +307,9 @@ def test_a_second_ctrl_c_ends_the_submission_of_a_group(group: Example) -> None:
 
 INTERRUPTED = """
     class Interrupted(ThreadPoolExecutor):
-        def submit(self, function, *arguments):  # as Ctrl-C can come, before it has a thread
+        def submit(self, function, client, record, save, stop):  # as Ctrl-C can come
+            if IS_SAVED:
+                save(record if isinstance(record, list) else [record])
             raise KeyboardInterrupt
 
 
@@ -315,15 +317,21 @@ INTERRUPTED = """
 """
 
 
-def test_what_ctrl_c_meets_as_it_is_given_to_the_pool_is_unknown(example: Example) -> None:
-    add(example, INTERRUPTED)
+@pytest.mark.parametrize("is_saved", [False, True], ids=["before", "after"])
+def test_what_ctrl_c_meets_as_it_is_given_to_the_pool_is_as_the_file_has_it(
+    example: Example, is_saved: bool
+) -> None:
+    add(example, INTERRUPTED.replace("IS_SAVED", str(is_saved)))
     run = example.run()
     assert run.code == 130
-    unknown = [row for row in run.rows if row["state"] == "Unknown"]
-    assert len(unknown) == (1 if example.script == SINGLE else 4)
-    assert {row["error"] for row in unknown} == {UNKNOWN_REASON}
-    assert counts(run)["Unknown"] == len(unknown)
-    assert "Submitting" not in run.stdout.partition("SUMMARY")[2]
+    given = 1 if example.script == SINGLE else 4
+    expected = Counter({"Unknown": given if is_saved else 0, "Not sent": 4})
+    expected["Not sent"] -= expected["Unknown"]
+    assert Counter(run.states.values()) == expected
+    for row in run.rows:
+        assert row["error"] == (UNKNOWN_REASON if row["state"] == "Unknown" else None)
+    assert counts(run)["Not sent" if expected["Not sent"] else "Unknown"]
+    assert "ubmitting," not in run.stdout.partition("SUMMARY")[2]
     check_answers(run)
     assert not example.api.calls
 
