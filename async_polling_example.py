@@ -1004,12 +1004,11 @@ def run(client, results, records, unsent, screen):
 
 def write_answers(records, path):
     """Write a line of JSON for each record, without the request that was sent."""
-    lines = []
-    for record in records:
-        row = asdict(record)
-        del row["request"]
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
+    with path.open("w") as file:
+        for record in records:
+            row = asdict(record)
+            del row["request"]
+            file.write(json.dumps(row) + "\n")
 
 
 def end_run(screen, records, unsent, results, command):
