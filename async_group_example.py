@@ -197,7 +197,7 @@ class Client:
         size = find(answer, int, "groupSize")
         if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
-        return self.new_id(find(answer, str, "groupId"))
+        return self.new_id(find(answer, str, "groupId") or "")
 
     def fetch_group(self, group_id: str) -> list[Json]:
         """GET /v1/async/group/{groupId}/generations: return what it lists, in no order.
@@ -210,13 +210,9 @@ class Client:
             raise self.error(Uncertain, "the answer has no list of generations")
         return [each for each in generations if find(each, str, "state")]
 
-    def new_id(self, given_id: str | None) -> str:
+    def new_id(self, given_id: str) -> str:
         """Return the id in an answer. Uncertain: it is none, or was given before."""
-        if (
-            not given_id
-            or given_id in self.given_ids
-            or not re.fullmatch(r"[\w-]+", given_id)
-        ):
+        if given_id in self.given_ids or not re.fullmatch("[A-Za-z0-9_-]+", given_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
         self.given_ids.add(given_id)
         return given_id
@@ -235,7 +231,7 @@ class Client:
         try:
             response = session.request(
                 method,
-                self.base_url + path,
+                f"{self.base_url}{path}",
                 data=upload,
                 auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
@@ -245,10 +241,10 @@ class Client:
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
-            reason = f"no answer from {urlsplit(self.base_url).netloc}: {cause!r}"
+            host = urlsplit(self.base_url).netloc
+            reason = f"no answer from {host}: {cause!r} (check the network and the address)"
             if upload is None or upload.tell() > 0:
                 raise self.error(Uncertain, reason) from error
-            reason += " (check the network, and INFERENCE_BASE_URL if it is set)"
             raise self.error(NotAccepted, reason) from error
         # After an interim status (1xx), the next call would read the answer to this one.
         if response.status_code >= 200:
@@ -271,8 +267,8 @@ class Client:
             answer = None
         if 200 <= status < 300 and isinstance(answer, dict):
             return answer
-        text = content.decode(errors="replace") or "(nothing)"
-        reason = f"HTTP {status}: {find(answer, str, 'error', 'message') or text}"
+        message = find(answer, str, "error", "message")
+        reason = f"HTTP {status}: {message or content.decode(errors='replace')}"
         if status == 401:
             reason += " (check INFERENCE_API_KEY)"
         # A Retry-After that can't be read is ignored.
@@ -345,10 +341,6 @@ class Record:
         """Whether MAX_TOKENS has cut off the answer."""
         reason = find(self.response, str, "choices", 0, "finish_reason")
         return self.state == SUCCESS and reason == "length"
-
-    def tokens(self, kind: str) -> int:
-        """Return the prompt_tokens, completion_tokens or total_tokens in the response, or 0."""
-        return find(self.response, int, "usage", kind) or 0
 
     def update(self, generation: Json) -> None:
         """Note what the API says of the generation."""
@@ -644,11 +636,10 @@ MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
 ADVICE = {
     PENDING: "To go on polling:\n      {}",
-    NOT_SENT: "To submit the rest (a run without --resume submits all, and costs, again):\n      {}",
+    NOT_SENT: "To submit the rest, too (a run without --resume pays for all again):\n      {}",
     FAILED: "To ask again what failed:\n      {} --retry failed",
-    UNKNOWN: "Unknown requests may have been accepted, and paid for: see your dashboard.\n"
-    "  To ask them again:\n      {} --retry unknown",
-    CUT_OFF: "To ask again what was cut off, with a larger MAX_TOKENS:\n      {} --retry cut-off",
+    UNKNOWN: "Unknown may be paid for: see your dashboard. To ask again:\n      {} --retry unknown",
+    CUT_OFF: "To ask again with a larger MAX_TOKENS:\n      {} --retry cut-off",
 }
 
 
@@ -662,13 +653,13 @@ def shorten(text: str, columns: int) -> str:
     text = printable(text)
     if len(text) <= columns:
         return text
-    return text[: columns - 3].rstrip() + "..."
+    return f"{text[: columns - 3].rstrip()}..."
 
 
 def shorten_at_word(text: str, columns: int) -> str:
-    """Make text from elsewhere printable, and cut it between two words if it has some."""
+    """Make text from elsewhere printable, and cut it at a space, if it has one."""
     shortened = textwrap.shorten(printable(text), columns, placeholder="...")
-    if len(shortened) < columns / 2:  # a language without spaces, or one long word
+    if shortened == "...":
         return shorten(text, columns)
     return shortened
 
@@ -690,8 +681,10 @@ class Screen:
         self.results = results
         self.columns = shutil.get_terminal_size().columns
         self.started_at = monotonic()
+        self.answered_before = len(results.with_outcome(SUCCESS))
         self.to_poll = 0
         self.polls = 0
+        self.notes: list[str] = []  # why the run ended early
 
     def print(self, text: str) -> None:
         """Print text at once."""
@@ -759,7 +752,10 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
     times = [record.duration_ms for record in records if record.duration_ms is not None]
     tokens = {}
     for kind in ("prompt", "completion", "total"):
-        tokens[kind] = sum(record.tokens(f"{kind}_tokens") for record in records)
+        counted = [
+            find(record.response, int, "usage", f"{kind}_tokens") for record in records
+        ]
+        tokens[kind] = sum(filter(None, counted))
     print(f"""\
       Total:       {total:>4}
 
@@ -801,29 +797,36 @@ def show_table(records: list[Record], columns: int) -> None:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
 
 
-def kind_of(record: Record) -> str:
-    """Return the outcome of a record, or Cut-off."""
-    if record.is_cut_off:
-        return CUT_OFF
-    return record.outcome
+def show_ending(records: list[Record], notes: list[str], command: str) -> str:
+    """Print why the run ended early, what has no answer and why, and what to do about it.
 
-
-def show_reasons(records: list[Record], notes: list[str]) -> None:
-    """Print why the run ended early, and why requests have no answer: equal reasons once."""
+    Return the title of the last banner.
+    """
     reasons = Counter(
-        f"{record.outcome}: {record.error}" for record in records if record.error
+        f"{record.outcome.lower()}: {record.error}"
+        for record in records
+        if record.error and record.error not in "".join(notes)
     )
     for reason, count in reasons.most_common(MAX_ROWS):
         notes.append(f"{count} {reason}")
     for note in notes:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
+    kinds = Counter(kind_of(record) for record in records)
+    for kind, advice in ADVICE.items():
+        if kinds[kind]:
+            print(f"\n  {advice.format(command)}")
+    del kinds[SUCCESS]
+    cut_off = kinds.pop(CUT_OFF, 0)
+    if kinds or notes:
+        return f"Not complete: {tally(kinds) or 'see above'}"
+    if cut_off:
+        return f"Generation complete, but {cut_off} answers are cut off"
+    return "Generation complete!"
 
 
-def show_advice(kinds: Iterable[str], command: str) -> None:
-    """Print what to do about the requests that are not answered, or cut off."""
-    for kind, text in ADVICE.items():
-        if kind in kinds:
-            print(f"\n  {text.format(command)}")
+def kind_of(record: Record) -> str:
+    """Return the outcome of a record, or Cut-off."""
+    return CUT_OFF if record.is_cut_off else record.outcome
 
 
 # --- The script: the command line, the files of a run, main
@@ -844,10 +847,8 @@ def check_configuration() -> None:
     """Raise ValueError for a constant that can't be used, with its name and value."""
     for name, kind in KINDS.items():
         value = globals()[name]
-        is_usable = isinstance(value, kind) and value
-        if kind is not str:
-            is_usable = is_usable and 0 < value <= 1_000_000
-        if not is_usable:
+        size = len(value) if isinstance(value, str) else value
+        if not isinstance(value, kind) or not 0 < size <= 1_000_000:
             raise ValueError(f"{name} can't be {value!r}")
 
 
@@ -876,7 +877,7 @@ def new_results() -> Results:
 
 def open_results(name: str) -> Results:
     """Open the results file of an earlier run; name may also be that of its .jsonl."""
-    path = Path(os.path.splitext(name)[0] + ".db")
+    path = Path(f"{os.path.splitext(name)[0]}.db")
     if not path.is_file():
         raise ValueError(f"--resume {name!r}: there is no file {path}")
     try:
@@ -903,18 +904,16 @@ def stop_on_signals(stop: Event) -> None:
     def handle(*_: object) -> None:
         signal(SIGINT, SIG_DFL)
         signal(SIGTERM, SIG_DFL)
-        # os.write, as print may be what is being interrupted
-        os.write(
-            2, b"\n  Stopping when the calls under way have ended. Ctrl-C again: at once.\n"
-        )
         stop.set()
+        # Not by print, which may be what is being interrupted
+        os.write(2, b"\n  Stopping when the calls under way end. Ctrl-C again: at once.\n")
 
     signal(SIGINT, handle)
     signal(SIGTERM, handle)
 
 
-def run(client: Client, screen: Screen, stop: Event, notes: list[str]) -> None:
-    """Submit what is Not sent, then poll what is Pending, and show both; note why it ends early."""
+def run(client: Client, screen: Screen, stop: Event) -> None:
+    """Submit what is Not sent, then poll what is Pending, and show both."""
     results = screen.results
     unsent = len(results.with_outcome(NOT_SENT))
     [record, *_] = results.records.values()
@@ -930,13 +929,15 @@ def run(client: Client, screen: Screen, stop: Event, notes: list[str]) -> None:
             screen.show_questions()
             submit_all(client, results, screen.show_submission, stop)
     except ApiError as error:  # what was accepted is polled all the same
-        notes.append(f"Stopped submitting: {error}")
+        screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():
         screen.print_section("Polling for Results")
         poll_all(client, results, screen.show_poll, stop)
         if results.with_outcome(PENDING) and not stop.is_set():
-            notes.append(f"The {MAX_POLL_ATTEMPTS} polls are used up (MAX_POLL_ATTEMPTS)")
+            screen.notes.append(
+                f"The {MAX_POLL_ATTEMPTS} polls are used up (MAX_POLL_ATTEMPTS)"
+            )
 
 
 def write_answers(records: list[Record], path: Path) -> None:
@@ -946,37 +947,32 @@ def write_answers(records: list[Record], path: Path) -> None:
         for record in records:
             row = vars(record) | {"state": record.outcome, "answer": record.answer}
             del row["request"]
-            file.write(json.dumps(row) + "\n")
+            file.write(f"{json.dumps(row)}\n")
     draft.replace(path)
 
 
-def end_run(screen: Screen, answered_before: int, notes: list[str]) -> bool:
+def end_run(screen: Screen) -> bool:
     """Save everything, show the summary, and tell whether every request has its answer."""
     results = screen.results
     records = list(results.records.values())
     path = results.path.with_suffix(".jsonl")
-    kinds = Counter(kind_of(record) for record in records)
     try:
         results.save(records)
+        results.close()
         write_answers(records, path)
     except (OSError, sqlite3.Error) as error:
-        kinds["not on file"] = len(records)
-        notes.append(f"{path} and .db can't be written: {error}")
+        screen.notes.append(f"The results can't be written: {error}")
         for record in records:
-            print(record.custom_id, record.generation_id, file=sys.stderr)
-    answered = kinds.pop(SUCCESS, 0) + kinds[CUT_OFF]
-    title = "Generation complete!"
-    if kinds[CUT_OFF]:
-        title = f"Generation complete, but {kinds[CUT_OFF]} answers are cut off"
-    if kinds.keys() - {CUT_OFF}:
-        title = f"Not complete: {tally(kinds)}"
+            if record.generation_id:
+                print(f"{record.custom_id}: {record.generation_id}", file=sys.stderr)
+    answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
     try:
         screen.print("")
         screen.print_title("GROUP GENERATION SUMMARY")
-        show_figures(records, answered - answered_before, monotonic() - screen.started_at)
+        show_figures(records, answered, monotonic() - screen.started_at)
         show_table(records, screen.columns)
-        show_reasons(records, notes)
-        show_advice(kinds, f'uv run "{sys.argv[0]}" --resume "{results.path}"')
+        command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
+        title = show_ending(records, screen.notes, command)
         print(f"\n  Results: {path}\n")
         screen.print_title(title)
     except OSError:  # stdout is closed or full
@@ -1009,13 +1005,11 @@ def main() -> int:
     stop = Event()
     stop_on_signals(stop)
     screen = Screen(results)
-    answered_before = len(results.with_outcome(SUCCESS))
-    notes: list[str] = []
     try:
-        run(client, screen, stop, notes)
+        run(client, screen, stop)
     except (ApiError, OSError, sqlite3.Error) as error:
-        notes.append(f"Stopped: {error}")
-    is_complete = end_run(screen, answered_before, notes)
+        screen.notes.append(f"Stopped: {error}")
+    is_complete = end_run(screen)
     if stop.is_set():
         return 130
     return int(not is_complete)
