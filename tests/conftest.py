@@ -99,7 +99,7 @@ class Example:
         path.write_text(text, "utf-8")
 
     def define(self, function: str) -> None:
-        """Put a function in the place of the one of its name, as a user does; the last one counts."""
+        """Define a function in the place of the one of its name, as a user does."""
         path = self.folder / self.script
         text = path.read_text("utf-8")
         path.write_text(
