@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["requests"]
 # ///
-"""Ask inference.net's Asynchronous API questions, one by one, and poll for the answers.
+"""Send questions to inference.net's Asynchronous API, each by itself, and poll for the answers.
 
     uv run async_polling_example.py                  submit all questions, and poll
     uv run async_polling_example.py --resume FILE    go on with an earlier run
@@ -11,9 +11,9 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   |----> Failed     the API refused it
-                   |----> Not sent   surely not accepted: the next round sends it again
-                   |----> Unknown    perhaps accepted, and paid for: never sent again by itself
+                |    it is saved as Unknown before it is sent, and stays so if no answer comes
+                +--> Not sent    surely not accepted: the next round sends it again
+                +--> Failed      refused
 
 The parts of this file:
 
@@ -38,12 +38,14 @@ import shutil
 import sqlite3
 import sys
 import textwrap
+from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from numbers import Integral, Real
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
@@ -104,7 +106,8 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-MAX_PAUSE_SECONDS = 120  # a longer Retry-After is not waited for: LockedOut
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # http would show the key to everybody else
+MAX_PAUSE_SECONDS = 120  # if the API asks for a longer pause, we give up: LockedOut
 
 # The states of a generation. The last two are final, and no other is.
 QUEUED = "Queued"
@@ -127,18 +130,19 @@ def find(value: Any, kind: type[T], *path: str | int) -> T | None:
 class ApiError(Exception):
     """A call failed. The subclass says what that means for a submission.
 
-    A poll costs nothing: after any of them it can be made again, but for LockedOut.
+    A poll costs nothing: it can be made again after any of them, except LockedOut.
     """
 
 
 class Refused(ApiError):
-    """The API refuses this request, but may take others: 400, 404, 422, other 3xx and 4xx."""
+    """The API refuses this request, but may take others: any 3xx or 4xx not named below."""
 
 
 class LockedOut(ApiError):
-    """The API takes no requests for now: see the key, or the credit, or wait.
+    """The API takes no requests for now: check the key and the credit, or wait.
 
-    401; for a submission also 402 and 403; a Retry-After of more than two minutes.
+    It says 401, or asks for a pause of more than two minutes. For a submission, 402 and 403,
+    too; after these, a poll is Refused, and goes on.
     """
 
 
@@ -147,10 +151,10 @@ class NotAccepted(ApiError):
 
 
 class Uncertain(ApiError):
-    """Perhaps accepted, and paid for, so a submission must not be sent again by itself.
+    """Perhaps accepted, and paid for: to send it again may be to pay twice.
 
     A timeout or a broken connection after sending, 408, 5xx, or an answer that is no JSON
-    object or lacks what the endpoint promises. For a poll, any error of the network.
+    object or lacks what the endpoint promises. Every network error of a poll is one of these.
     """
 
 
@@ -173,7 +177,7 @@ class Client:
         if base_url is None:
             base_url = os.environ.get("INFERENCE_BASE_URL", DEFAULT_BASE_URL)
         self.api_key = api_key.strip()
-        self.base_url = base_url.strip().rstrip("/")
+        self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
         self.given_ids: set[str] = set()
@@ -184,8 +188,8 @@ class Client:
                 "(tests/local_api.py, which stands in for the API, needs none)"
             )
         address = urlsplit(self.base_url)
-        is_local = address.hostname in ("localhost", "127.0.0.1", "::1")
-        if (address.scheme != "https" and not is_local) or "@" in self.base_url:
+        is_http_here = address.scheme == "http" and address.hostname in LOCAL_HOSTS
+        if (address.scheme != "https" and not is_http_here) or "@" in self.base_url:
             raise ValueError(  # without the address, as it may hold the key
                 "INFERENCE_BASE_URL must begin with https:// (http:// only for this machine) "
                 f"and have no @, as in {DEFAULT_BASE_URL}"
@@ -201,11 +205,11 @@ class Client:
         generation = self.call("GET", f"/generation/{generation_id}")
         is_another = generation.get("id") not in (None, generation_id)
         if is_another or not find(generation, str, "state"):
-            raise self.error(Uncertain, "the answer is not this generation, or has no state")
+            raise Uncertain("the answer is not this generation, or has no state")
         return generation
 
     def new_id(self, given_id: str) -> str:
-        """Return the id in an answer. Uncertain: it is none, or was given before."""
+        """Check an id that the API has given. Uncertain: it is none, or was given before."""
         if given_id in self.given_ids or not re.fullmatch("[A-Za-z0-9_-]+", given_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
         self.given_ids.add(given_id)
@@ -215,8 +219,8 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # A file is read only once the connection stands. So its position tells whether
-            # the API can have got anything.
+            # requests reads a file only after connecting. As long as it is at position 0,
+            # nothing of it was sent.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -240,7 +244,7 @@ class Client:
             if upload is None or upload.tell() > 0:
                 raise self.error(Uncertain, reason) from error
             raise self.error(NotAccepted, reason) from error
-        # After an interim status (1xx), the next call would read the answer to this one.
+        # After a 1xx status, the real answer may still come on this connection.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
         return self.read_answer(method, response)
@@ -255,22 +259,20 @@ class Client:
         """Return the JSON object in an answer, or raise what its status means."""
         status = response.status_code
         content = response.content.replace(self.api_key.encode(), b"[API key]")
-        try:
+        answer = None
+        with suppress(ValueError, RecursionError):
             answer = json.loads(content, parse_constant=str)  # NaN, which JSON lacks: "NaN"
-        except (ValueError, RecursionError):
-            answer = None
         if 200 <= status < 300 and isinstance(answer, dict):
             return answer
         message = find(answer, str, "error", "message")
         reason = f"HTTP {status}: {message or content.decode(errors='replace')}"
-        if status == 401:
-            reason += " (check INFERENCE_API_KEY)"
         # A Retry-After that can't be read is ignored.
         with suppress(ValueError, OverflowError, HTTPError):
             self.pause(Retry().get_retry_after(response.raw) or 0)
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
+            reason += " (check INFERENCE_API_KEY, and your credit)"
         elif status == 429:
             kind = NotAccepted
         elif 300 <= status < 500 and status != 408:
@@ -278,20 +280,20 @@ class Client:
         raise self.error(kind, reason)
 
     def error(self, kind: type[ApiError], reason: str) -> ApiError:
-        """Make an error, without the key. After NotAccepted all threads pause for a second."""
+        """Make an error, without the key. NotAccepted asks for a pause of a second, too."""
         if kind is NotAccepted:
             self.pause(1)
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Let no call begin for so long."""
+        """Note that the API wants no calls for so long: callers ask pause_seconds first."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
         """Return how long to wait before the next call; LockedOut: more than two minutes."""
         seconds = max(0.0, self.paused_until - monotonic())
         if seconds > MAX_PAUSE_SECONDS:
-            raise self.error(LockedOut, f"the API asks to wait for {seconds:.0f} seconds")
+            raise LockedOut(f"the API asks to wait for {seconds:.0f} seconds")
         return seconds
 
 
@@ -340,19 +342,18 @@ class Record:
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:
-            state = IN_PROGRESS
+        if state == SUCCESS and not response:  # so it is polled again
             self.error = "the API says Success, but sends no response"
-        elif state == FAILED:
-            self.error = find(generation, str, "stateMessage") or "no reason given"
-        elif state not in (QUEUED, IN_PROGRESS, SUCCESS):
-            self.error = f"the API says {state}"
+            return
+        if state not in (QUEUED, IN_PROGRESS, SUCCESS):
+            reason = find(generation, str, "stateMessage") or "no reason given"
+            self.error = f"the API says {state}: {reason}"
         if state in FINAL:
-            self.response = response or self.response  # which may be of an earlier try
+            self.response = response or self.response  # an old one, which --retry has kept
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
-                finished_at = parse_time(generation.get("finishedAt"))
-                self.duration_ms = (finished_at - dispatched_at) / timedelta(milliseconds=1)
+                duration = parse_time(generation.get("finishedAt")) - dispatched_at
+                self.duration_ms = duration / timedelta(milliseconds=1)
         self.state = state  # last: another thread may be reading the record
 
 
@@ -364,13 +365,15 @@ def parse_time(text: object) -> datetime:
 def new_record(custom_id: str, question: str) -> Record:
     """Return a record with the request of build_request. ValueError: it can't be sent."""
     if not isinstance(question, str):
-        raise ValueError(f"{custom_id!r} has {question!r:.60}, which is no text")
+        raise ValueError(
+            f"the question of {custom_id!r} must be a text, not {question!r:.60}"
+        )
     # A copy, as build_request may change one template and return it each time
-    request = json.loads(json.dumps(build_request(custom_id, question), allow_nan=False))
+    request = json.loads(json.dumps(build_request(custom_id, question)))
     if not custom_id or find(request, str, "metadata", "custom_id") != custom_id:
         raise ValueError(
-            f"the custom id {custom_id!r} must be a text that is not empty, and stand in the "
-            "request's metadata.custom_id"
+            f"the custom id {custom_id!r} must be a text that is not empty, and the request's "
+            "metadata.custom_id must be the same"
         )
     return Record(custom_id, question, request)
 
@@ -396,25 +399,25 @@ class Results:
         self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
         self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        query = "SELECT count(*) FROM sqlite_master WHERE tbl_name <> ?"
-        [other_tables] = self.connection.execute(query, [TABLE]).fetchone()
+        query = f"SELECT count(*) FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
+        [other_tables] = self.connection.execute(query).fetchone()
         if other_tables:
-            self.connection.close()
-            raise sqlite3.DatabaseError("it is of another script, or of an earlier version")
-        # FULL: a power cut, too, must not take back that a request may have been sent.
+            raise sqlite3.DatabaseError("another script or an earlier version has made it")
+        # FULL: after a power cut, too, the file must know what may have been sent.
         self.connection.executescript(f"""
             PRAGMA journal_mode = WAL;
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
-            record = Record(**json.loads(text))
-            self.records[record.custom_id] = record
+        query = f"SELECT custom_id, record FROM {TABLE} ORDER BY rowid"
+        for custom_id, text in self.connection.execute(query):
+            self.records[custom_id] = record = Record(custom_id, "", {})
+            vars(record).update(json.loads(text))  # attributes of your own come back, too
 
     def add(self, records: Iterable[Record]) -> None:
-        """Put new records on file. What is there under their custom ids stays as it is.
+        """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: two of them have the same custom id. TypeError: one can't be stored as JSON.
+        ValueError or TypeError: two of them have one custom id, or one is no JSON.
         """
         new = {}
         with self.lock:
@@ -422,21 +425,21 @@ class Results:
                 if record.custom_id in new:
                     raise ValueError(f"two requests have the custom id {record.custom_id!r}")
                 if record.custom_id not in self.records:
+                    json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
                     new[record.custom_id] = record
             self.save(new.values())
 
     def save(self, records: Iterable[Record]) -> None:
-        """Put records on file as they are now, all or none, in the place of those of their ids.
+        """Save records as they are now, all or none. Each replaces the one with its custom id.
 
-        To ask again, save a new record under the same custom id.
+        So to ask again, save a new record under the same custom id.
         """
-        records = list(records)
+        saved = {record.custom_id: record for record in records}
         with self.lock:
-            rows = [(record.custom_id, json.dumps(vars(record))) for record in records]
             with self.connection:  # a transaction
-                self.connection.executemany(UPSERT, rows)
-            for record in records:
-                self.records[record.custom_id] = record
+                for custom_id, record in saved.items():
+                    self.connection.execute(UPSERT, [custom_id, json.dumps(vars(record))])
+            self.records.update(saved)
 
     def with_outcome(self, outcome: str) -> list[Record]:
         """Return the records that have this outcome, in order."""
@@ -467,7 +470,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_ROUNDS_IN_VAIN = 5
+MAX_ROUNDS_IN_VAIN = 5  # in a row: in each, nothing was accepted or refused
 MAX_UNCERTAIN = 5  # in a row
 STATE_AFTER = {
     Refused: FAILED,
@@ -475,29 +478,29 @@ STATE_AFTER = {
     NotAccepted: NOT_SENT,
     Uncertain: UNKNOWN,
 }
-OnRecord = Callable[[Record], object]
+OnRecord = Callable[[Record], object] | None
 
 
 def submit_all(
     client: Client,
     results: Results,
-    on_record: OnRecord | None = None,
+    on_record: OnRecord = None,
     stop: Event | None = None,
 ) -> None:
     """Submit all that is Not sent, in rounds. If stop is set, the rest stays Not sent.
 
-    on_record gets each record after its submission, in the caller's thread; one that was not
-    accepted comes again in the next round. Raises, once all under way has ended: LockedOut;
-    NotAccepted, if five rounds were in vain; Uncertain, if five submissions in a row were;
-    sqlite3.Error.
+    on_record gets each record after its submission, in the caller's thread. What was not
+    accepted is sent again in the next round. Submissions that are under way end before this
+    function does. Raises LockedOut; NotAccepted, if five rounds in a row were in vain;
+    Uncertain, if five submissions in a row were uncertain; sqlite3.Error.
     """
     stop = stop or Event()
     rounds_in_vain = 0
     while results.with_outcome(NOT_SENT) and not stop.is_set():
-        # Up to 0, 1, 3, 7, 15 seconds, at random: not all programs come again at once.
+        # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         stop.wait(random.uniform(0, 2**rounds_in_vain - 1))
         wait_for_pause(client, stop)
-        submitted = run_round(submit, NOT_SENT, client, results, on_record, stop)
+        submitted = run_round(NOT_SENT, client, results, on_record, stop)
         states = {record.state for record in submitted}
         if QUEUED in states or FAILED in states:
             rounds_in_vain = 0
@@ -510,7 +513,7 @@ def submit_all(
 def poll_all(
     client: Client,
     results: Results,
-    on_record: OnRecord | None = None,
+    on_record: OnRecord = None,
     stop: Event | None = None,
     interval_seconds: float = POLL_INTERVAL_SECONDS,
     max_attempts: int = MAX_POLL_ATTEMPTS,
@@ -522,25 +525,20 @@ def poll_all(
     is set, the rest stays Pending. Raises LockedOut, or sqlite3.Error.
     """
     stop = stop or Event()
-    started_at = monotonic() - interval_seconds
+    next_round_at = monotonic()
     for _ in range(max_attempts):
-        stop.wait(started_at + interval_seconds - monotonic())
-        if stop.is_set() or not results.with_outcome(PENDING):
+        if not results.with_outcome(PENDING) or stop.wait(next_round_at - monotonic()):
             return
-        started_at = monotonic()
-        run_round(poll, PENDING, client, results, on_record, stop)
+        next_round_at = monotonic() + interval_seconds
+        run_round(PENDING, client, results, on_record, stop)
 
 
 def run_round(
-    attempt: Callable[[Client, Results, Record, Event], Record | None],
-    outcome: str,
-    client: Client,
-    results: Results,
-    on_record: OnRecord | None,
-    stop: Event,
+    outcome: str, client: Client, results: Results, on_record: OnRecord, stop: Event
 ) -> list[Record]:
-    """Attempt each record of an outcome once, in worker threads; return those with a call."""
-    called = []
+    """Submit what is Not sent, or poll what is Pending, each once; return what was tried."""
+    attempt = submit if outcome == NOT_SENT else poll
+    tried = []
     uncertain_in_a_row = 0
     pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
     try:
@@ -552,33 +550,33 @@ def run_round(
             record = future.result()
             if record is None:
                 continue
-            called.append(record)
+            tried.append(record)
             if on_record:
                 on_record(record)
             uncertain_in_a_row += 1
-            if record.state != UNKNOWN:
+            if record.outcome != UNKNOWN:
                 uncertain_in_a_row = 0
             if uncertain_in_a_row == MAX_UNCERTAIN:
                 raise Uncertain(record.error)
     finally:
         # A submission under way may be paid for: it ends first. A poll costs nothing.
         pool.shutdown(wait=attempt is submit, cancel_futures=True)
-    return called
+    return tried
 
 
 def submit(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
     """Submit one request, and save what has come of it; None if it is left for later."""
-    with results.lock:  # no other thread can take it, too
+    with results.lock:  # so that no other thread takes it, too
         if record.outcome != NOT_SENT or client.pause_seconds() or stop.is_set():
             return None
-        # Nothing is sent before it is on file that it may have been.
+        # Saved before it is sent: after a crash from here on, it must not be sent again.
         record.state = UNKNOWN
         record.error = "the program ended while it was being submitted"
         try:
             results.save([record])
-        except sqlite3.Error as error:
+        except sqlite3.Error:
             record.state = NOT_SENT
-            record.error = str(error)
+            record.error = None
             raise
     try:
         record.generation_id = client.submit_generation(record.request)
@@ -605,10 +603,10 @@ def poll(client: Client, results: Results, record: Record, stop: Event) -> Recor
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
         record.update(generation)
+    except LockedOut:
+        raise
     except ApiError as error:
         record.error = str(error)
-        if isinstance(error, LockedOut):
-            raise
     if record.outcome != PENDING:
         results.save([record])
     return record
@@ -627,9 +625,10 @@ MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
 ADVICE = {
     PENDING: "To go on polling:\n      {}",
-    NOT_SENT: "To submit the rest, too (a run without --resume pays for all again):\n      {}",
+    NOT_SENT: "To submit the rest (a run without --resume pays for all again):\n      {}",
     FAILED: "To ask again what failed:\n      {} --retry failed",
-    UNKNOWN: "Unknown may be paid for: see your dashboard. To ask again:\n      {} --retry unknown",
+    UNKNOWN: "To ask again what is unknown, and perhaps paid for (see the dashboard):\n"
+    "      {} --retry unknown",
     CUT_OFF: "To ask again with a larger MAX_TOKENS:\n      {} --retry cut-off",
 }
 
@@ -639,20 +638,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text).strip()
 
 
-def shorten(text: str, columns: int) -> str:
+def shorten(text: str, columns: int, at_word: bool = False) -> str:
     """Make text from elsewhere printable, and cut it to so many columns."""
     text = printable(text)
     if len(text) <= columns:
         return text
+    if at_word:  # a word that is too long is cut all the same
+        return f"{textwrap.wrap(text, columns - 3)[0]}..."
     return f"{text[: columns - 3].rstrip()}..."
-
-
-def shorten_at_word(text: str, columns: int) -> str:
-    """Make text from elsewhere printable, and cut it at a space, if it has one."""
-    shortened = textwrap.shorten(printable(text), columns, placeholder="...")
-    if shortened == "...":
-        return shorten(text, columns)
-    return shortened
 
 
 def bar(done: int, total: int, columns: int) -> str:
@@ -663,6 +656,17 @@ def bar(done: int, total: int, columns: int) -> str:
 def tally(counts: Counter[str]) -> str:
     """Return counts as text, such as "2 failed, 1 pending"."""
     return ", ".join(f"{counts[word]} {word.lower()}" for word in counts)
+
+
+def print_title(title: str, columns: int) -> None:
+    """Print a title between two rules."""
+    rule = "=" * min(80, columns)
+    print(f"{rule}\n {title}\n{rule}")
+
+
+def print_section(title: str) -> None:
+    """Print the heading of a section."""
+    print(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
 
 
 class Screen:
@@ -679,21 +683,11 @@ class Screen:
         self.final = 0
         self.notes: list[str] = []  # why the run ended early
 
-    def print(self, text: str, end: str = "\n") -> None:
-        """Print text in the place of the live line."""
+    def clear(self) -> None:
+        """Remove the live line."""
         if self.is_terminal:
             print(" " * (self.columns - 1), end="\r")
-        print(text, end=end, flush=True)
         self.printed_at = monotonic()
-
-    def print_title(self, title: str) -> None:
-        """Print a title between two rules."""
-        rule = "=" * min(80, self.columns)
-        self.print(f"{rule}\n {title}\n{rule}")
-
-    def print_section(self, title: str) -> None:
-        """Print the heading of a section."""
-        self.print(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
 
     def show_progress(self, error: str | None) -> None:
         """Show how many are in which state: live on a terminal, else once a minute."""
@@ -702,7 +696,8 @@ class Screen:
             return
         states = Counter(record.state for record in self.results.records.values())
         line = shorten(f"⏳ {tally(states)}. {error or ''}", self.columns - 4)
-        self.print(f"  {line}", end="\r" if self.is_terminal else "\n")
+        self.clear()
+        print(f"  {line}", end="\r" if self.is_terminal else "\n")
 
     def show_submission(self, record: Record) -> None:
         """Print how a submission has ended; one that was not accepted comes again."""
@@ -711,7 +706,8 @@ class Screen:
             return
         mark = "✓" if record.generation_id else MARKS[record.outcome]
         text = shorten(f"{mark} {record.custom_id}: {record.error or record.question}", 58)
-        self.print(f"    {text} → {shorten(record.generation_id or 'no id', 15)}")
+        self.clear()
+        print(f"    {text} → {shorten(record.generation_id or 'no id', 15)}")
 
     def show_answer(self, record: Record) -> None:
         """Print that a generation is final, or how far the others are."""
@@ -719,7 +715,8 @@ class Screen:
             self.show_progress(record.error)
             return
         self.final += 1
-        self.print(
+        self.clear()
+        print(
             f"  [{self.final:>3}/{self.to_poll}] {bar(self.final, self.to_poll, 30)} "
             f"{self.final * 100 // self.to_poll}% {MARKS[record.outcome]} "
             f"{shorten(record.custom_id, 24)}"
@@ -743,12 +740,11 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
         if counts[outcome]:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
-    tokens = {}
-    for kind in ("prompt", "completion", "total"):
-        counted = [
-            find(record.response, int, "usage", f"{kind}_tokens") for record in records
-        ]
-        tokens[kind] = sum(filter(None, counted))
+    tokens: Counter[str] = Counter()
+    for record in records:
+        for name in ("prompt", "completion", "total"):
+            count = find(record.response, int, "usage", f"{name}_tokens") or 0
+            tokens[name] += min(count, 10**9)  # one of 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -784,7 +780,7 @@ def show_table(records: list[Record], columns: int) -> None:
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
             f"{record.outcome:<8} {shorten(record.question, 28):<30} "
-            f"{shorten_at_word(text, answer_columns)}"
+            f"{shorten(text, answer_columns, at_word=True)}"
         )
     if len(records) > MAX_ROWS:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
@@ -825,30 +821,30 @@ def kind_of(record: Record) -> str:
 # --- The script: the command line, the files of a run, main
 
 PREFIX = "async-polling"  # of the names of results files
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "NUM_REQUESTS": int,
+TYPES = {
+    "NUM_REQUESTS": Integral,
     "MODEL_ID": str,
-    "MAX_TOKENS": int,
-    "POLL_INTERVAL_SECONDS": (int, float),
-    "MAX_POLL_ATTEMPTS": int,
-    "MAX_CONCURRENT_POLLS": int,
-    "REQUEST_TIMEOUT_SECONDS": (int, float),
+    "MAX_TOKENS": Integral,
+    "POLL_INTERVAL_SECONDS": Real,
+    "MAX_POLL_ATTEMPTS": Integral,
+    "MAX_CONCURRENT_POLLS": Integral,
+    "REQUEST_TIMEOUT_SECONDS": Real,
     "RESULTS_DIR": str,
 }
 
 
 def check_configuration() -> None:
     """Raise ValueError for a constant that can't be used, with its name and value."""
-    for name, kind in KINDS.items():
+    for name, expected in TYPES.items():
         value = globals()[name]
         size = len(value) if isinstance(value, str) else value
-        if not isinstance(value, kind) or not 0 < size <= 1_000_000:
+        if not isinstance(value, expected) or not 0 < size <= 1_000_000:
             raise ValueError(f"{name} can't be {value!r}")
 
 
 def new_results() -> Results:
     """Make the results file of a new run, with all its requests."""
-    edited = "load_questions"
+    step = "load_questions"
     try:
         questions = load_questions()
         if not isinstance(questions, dict) or not questions:
@@ -856,16 +852,18 @@ def new_results() -> Results:
                 f'it must return texts by custom id, as in {{"my-1": "What is 2 + 2?"}}, not '
                 f"{questions!r:.60} (relative paths start from {Path.cwd()})"
             )
-        edited = "build_request"
+        step = "build_request"
         records = [
             new_record(custom_id, question) for custom_id, question in questions.items()
         ]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{edited}: {error}") from error
-    folder = Path(RESULTS_DIR).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / f"{PREFIX}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.db")
-    results.add(records)
+        step = f"RESULTS_DIR = {RESULTS_DIR!r}"
+        folder = Path(RESULTS_DIR).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        started_at = datetime.now(timezone.utc)
+        results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
+        results.add(records)
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise ValueError(f"{step}: {error}") from error
     return results
 
 
@@ -883,13 +881,15 @@ def open_results(name: str) -> Results:
     return results
 
 
-def make_anew(results: Results, kind: str) -> None:
-    """Make what is failed, unknown or cut-off Not sent again, by build_request."""
-    chosen = [each for each in results.records.values() if kind_of(each).lower() == kind]
-    for record in chosen:
-        again = new_record(record.custom_id, record.question)
-        again.response = record.response  # stays until there is a new one
-        results.save([again])
+def renew(results: Results, kind: str) -> None:
+    """Replace what is failed, unknown or cut-off by new requests, which are Not sent."""
+    renewed = []
+    for record in results.records.values():
+        if kind_of(record).lower() == kind:
+            again = new_record(record.custom_id, record.question)
+            again.response = record.response  # stays until there is a new one
+            renewed.append(again)
+    results.save(renewed)
 
 
 def stop_on_signals(stop: Event) -> None:
@@ -898,7 +898,8 @@ def stop_on_signals(stop: Event) -> None:
     def handle(*_: object) -> None:
         signal(SIGINT, SIG_DFL)
         signal(SIGTERM, SIG_DFL)
-        stop.set()
+        # In another thread, as this one may hold the lock of stop just now
+        start_new_thread(stop.set, ())
         # Not by print, which may be what is being interrupted
         os.write(2, b"\n  Stopping when the calls under way end. Ctrl-C again: at once.\n")
 
@@ -911,8 +912,8 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
     results = screen.results
     unsent = len(results.with_outcome(NOT_SENT))
     [record, *_] = results.records.values()
-    screen.print_title("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
-    screen.print(f"""
+    print_title("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE", screen.columns)
+    print(f"""
   Configuration:
     • Requests to submit: {unsent}
     • Model: {record.request.get("model")}
@@ -920,17 +921,18 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
     • Concurrent polls: {MAX_CONCURRENT_POLLS}""")
     try:
         if unsent:
-            screen.print_section(f"Submitting {unsent} Requests")
+            print_section(f"Submitting {unsent} Requests")
             submit_all(client, results, screen.show_submission, stop)
     except ApiError as error:  # what was accepted is polled all the same
         screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():
-        screen.print_section("Polling for Results")
+        screen.clear()
+        print_section("Polling for Results")
         poll_all(client, results, screen.show_answer, stop)
         if results.with_outcome(PENDING) and not stop.is_set():
             screen.notes.append(
-                f"The {MAX_POLL_ATTEMPTS} polls are used up (MAX_POLL_ATTEMPTS)"
+                f"The polls are used up (MAX_POLL_ATTEMPTS = {MAX_POLL_ATTEMPTS})"
             )
 
 
@@ -951,8 +953,8 @@ def end_run(screen: Screen) -> bool:
     records = list(results.records.values())
     path = results.path.with_suffix(".jsonl")
     try:
-        results.save(records)
-        results.close()
+        with results:
+            results.save(records)
         write_answers(records, path)
     except (OSError, sqlite3.Error) as error:
         screen.notes.append(f"The results can't be written: {error}")
@@ -961,14 +963,15 @@ def end_run(screen: Screen) -> bool:
                 print(f"{record.custom_id}: {record.generation_id}", file=sys.stderr)
     answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
     try:
-        screen.print("")
-        screen.print_title("ASYNC GENERATION SUMMARY")
+        screen.clear()
+        print()
+        print_title("ASYNC GENERATION SUMMARY", screen.columns)
         show_figures(records, answered, monotonic() - screen.started_at)
         show_table(records, screen.columns)
         command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
         title = show_ending(records, screen.notes, command)
         print(f"\n  Results: {path}\n")
-        screen.print_title(title)
+        print_title(title, screen.columns)
     except OSError:  # stdout is closed or full
         return False
     return title.startswith("Generation complete")
@@ -984,7 +987,7 @@ def main() -> int:
         help="with --resume: ask these again; what is unknown may cost twice",
     )
     options = parser.parse_args()
-    if options.retry and options.resume is None:
+    if options.retry and not options.resume:
         parser.error("--retry needs --resume FILE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
@@ -993,7 +996,7 @@ def main() -> int:
         client = Client(timeout_seconds=REQUEST_TIMEOUT_SECONDS)
         results = new_results() if options.resume is None else open_results(options.resume)
         if options.retry:
-            make_anew(results, options.retry)
+            renew(results, options.retry)
     except (OSError, ValueError, sqlite3.Error) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     stop = Event()
@@ -1010,5 +1013,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    os._exit(exit_code)  # a poll that stalls must not hold up the exit
+    os._exit(main())  # not sys.exit: a poll that stalls must not hold up the exit
