@@ -243,6 +243,7 @@ class Client:
             reason = f"no answer from {host}: {cause!r} (check the network and the address)"
             if upload is None or upload.tell() > 0:
                 raise self.error(Uncertain, reason) from error
+            self.pause(1)
             raise self.error(NotAccepted, reason) from error
         # After a 1xx status, the real answer may still come on this connection.
         if response.status_code >= 200:
@@ -275,14 +276,13 @@ class Client:
             reason += " (check INFERENCE_API_KEY, and your credit)"
         elif status == 429:
             kind = NotAccepted
+            self.pause(1)  # at least
         elif 300 <= status < 500 and status != 408:
             kind = Refused
         raise self.error(kind, reason)
 
     def error(self, kind: type[ApiError], reason: str) -> ApiError:
-        """Make an error, without the key. NotAccepted asks for a pause of a second, too."""
-        if kind is NotAccepted:
-            self.pause(1)
+        """Make an error, without the key."""
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """What the tests share: the scripts as a user has them, run as processes against the local API."""
 
+import asyncio
 import contextlib
 import dataclasses
 import importlib.util
@@ -10,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_api import API_KEY, Fault, Json, LocalApi, web
+from local_api import API_KEY, Fault, Json, LocalApi, Proceed, close, status, web
 
 TOP = Path(__file__).parent.parent
 SINGLE, GROUP = "async_polling_example.py", "async_group_example.py"
@@ -208,6 +210,69 @@ def faulty(
         return fault if seen[request.path + json.dumps(body)] <= times else None
 
     return choose
+
+
+class Gate:
+    """Holds the calls of a method until it is opened; arrived is set when count are held."""
+
+    def __init__(self, method: str, count: int = 1) -> None:
+        self.method, self.count = method, count
+        self.arrived, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, request: web.Request, body: Json) -> Fault | None:
+        """Hold a call, if it is of the method."""
+        return self.hold if request.method == self.method else None
+
+    async def hold(self, request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        """Carry out the call when the gate is open."""
+        self.count -= 1
+        if self.count == 0:
+            self.arrived.set()
+        while not self.opened.is_set():
+            await asyncio.sleep(0.01)
+        return await proceed()
+
+
+class Striker:
+    """Sends a signal to a process at one of its calls, which is carried out first or not."""
+
+    process: "subprocess.Popen[str] | None" = None
+
+    def __init__(self, signal: int, method: str, number: int, is_carried_out: bool) -> None:
+        self.signal, self.method, self.is_carried_out = signal, method, is_carried_out
+        self.calls_left = number
+
+    def __call__(self, request: web.Request, body: Json) -> Fault | None:
+        """Count a call. Those of a process that was killed before do not count."""
+        self.calls_left -= self.process is not None and request.method in self.method
+        return self.strike if self.calls_left == 0 else None
+
+    async def strike(self, request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        """Send the signal."""
+        self.calls_left = -1
+        answer = await proceed() if self.is_carried_out else None
+        assert self.process
+        self.process.send_signal(self.signal)
+        if self.signal == 9:
+            return await close(request, proceed)
+        return answer or await proceed()
+
+
+def start_at(gate: Gate, example: Example) -> subprocess.Popen[str]:
+    """Start the script, and return when the gate holds what it is to hold."""
+    example.api.choose_fault = gate
+    process = example.start()
+    assert gate.arrived.wait(HANG_SECONDS), process.poll()
+    return process
+
+
+# What a script waits for: the fault that makes it wait, and whether it meets polls
+WAITS = {
+    "a backoff": (status(429), False),
+    "a Retry-After at a submission": (status(429, Retry_After="99"), False),
+    "a Retry-After at a poll": (status(429, Retry_After="99"), True),
+    "an interval": (status(404), True),
+}
 
 
 __all__ = ["API_KEY", "GROUP", "SCRIPTS", "SINGLE", "TOP", "Example", "Run", "faulty", "load"]
