@@ -274,9 +274,10 @@ class Client:
             return answer
         message = find(answer, str, "error", "message")
         reason = f"HTTP {status}: {message or content.decode(errors='replace')}"
-        # A Retry-After that can't be read is ignored.
-        with suppress(ValueError, OverflowError, HTTPError):
-            self.pause(Retry().get_retry_after(response.raw) or 0)
+        retry = Retry()
+        retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
+        with suppress(ValueError, OverflowError, HTTPError):  # what can't be read is ignored
+            self.pause(retry.get_retry_after(response.raw) or 0)
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
@@ -367,7 +368,8 @@ class Record:
 
 def parse_time(text: object) -> datetime:
     """Read a time of the API's, such as 2026-01-31T12:00:00.000Z."""
-    return datetime.strptime(str(text).rstrip("Z")[:26], "%Y-%m-%dT%H:%M:%S.%f")
+    microseconds = re.sub(r"(\.\d{6})\d+", r"\1", str(text))
+    return datetime.strptime(microseconds, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
 def new_record(custom_id: str, question: str) -> Record:
