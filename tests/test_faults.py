@@ -343,8 +343,8 @@ TIMES = {
     "two digits": ("01.00Z", "02.25Z", 1250),
     "microseconds": ("01.000000Z", "02.000500Z", 1000.5),
     "nanoseconds": ("01.000000000Z", "02.500000999Z", 1500),
-    "milliseconds, one offset": ("01.000+00:00", "02.500Z", None),
-    "microseconds, one offset": ("01.000000+02:00", "02.500000Z", None),
+    "another offset": ("01.000+00:00", "02.500Z", 1500),
+    "no offset": ("01.000000", "02.500000Z", None),
     "second 99": ("99.000Z", "02.500Z", None),
     "half a time": ("", "02.500Z", None),
 }
