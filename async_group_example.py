@@ -43,6 +43,7 @@ from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
@@ -183,8 +184,8 @@ class Client:
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
-                "set INFERENCE_API_KEY to your key from https://inference.net "
-                "(tests/local_api.py, which stands in for the API, needs none)"
+                "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
+                "quotes (tests/local_api.py, which stands in for the API, needs none)"
             )
         address = urlsplit(self.base_url)
         is_http_here = address.scheme == "http" and address.hostname in LOCAL_HOSTS
@@ -379,7 +380,7 @@ def new_record(custom_id: str, question: str) -> Record:
             f"the question of {custom_id!r} must be a text, not {question!r:.60}"
         )
     # A copy, as build_request may change one template and return it each time
-    request = json.loads(json.dumps(build_request(custom_id, question)))
+    request = deepcopy(build_request(custom_id, question))
     if not custom_id or find(request, str, "metadata", "custom_id") != custom_id:
         raise ValueError(
             f"the custom id {custom_id!r} must be a text that is not empty, and the request's "
@@ -412,7 +413,7 @@ class Results:
         query = f"SELECT count(*) FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
         [other_tables] = self.connection.execute(query).fetchone()
         if other_tables:
-            raise sqlite3.DatabaseError("another script or an earlier version has made it")
+            raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
         self.connection.executescript(f"""
             PRAGMA journal_mode = WAL;
@@ -480,8 +481,8 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_GROUP_SIZE = 50
 MAX_ROUNDS_IN_VAIN = 5  # in a row: in each, nothing was accepted or refused
+MAX_GROUP_SIZE = 50
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -644,13 +645,15 @@ def wait_for_pause(client: Client, stop: Event) -> None:
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
 MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
+GO_ON = "To go on (a run without --resume pays for everything again):\n      {}"
 ADVICE = {
-    PENDING: "To go on polling:\n      {}",
-    NOT_SENT: "To submit the rest (a run without --resume pays for all again):\n      {}",
+    PENDING: GO_ON,
+    NOT_SENT: GO_ON,
     FAILED: "To ask again what failed:\n      {} --retry failed",
-    UNKNOWN: "To ask again what is unknown, and perhaps paid for (see the dashboard):\n"
+    UNKNOWN: "What is unknown may be paid for: see the dashboard first. To ask it again:\n"
     "      {} --retry unknown",
-    CUT_OFF: "To ask again with a larger MAX_TOKENS:\n      {} --retry cut-off",
+    CUT_OFF: "To ask again what is cut off, first set a larger MAX_TOKENS:\n"
+    "      {} --retry cut-off",
 }
 
 
@@ -753,10 +756,11 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
         if counts[outcome]:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
+    responses = [record.response for record in records if record.response]
     tokens: Counter[str] = Counter()
-    for record in records:
+    for response in responses:
         for name in ("prompt", "completion", "total"):
-            count = find(record.response, int, "usage", f"{name}_tokens") or 0
+            count = find(response, int, "usage", f"{name}_tokens") or 0
             tokens[name] += min(count, 10**9)  # one of 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
@@ -774,7 +778,7 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
       Prompt tokens:     {tokens["prompt"]:>10,}
       Completion tokens: {tokens["completion"]:>10,}
       Total tokens:      {tokens["total"]:>10,}
-      Avg completion/req:{tokens["completion"] / max(succeeded, 1):>10,.1f}""")
+      Avg completion/req:{tokens["completion"] / max(len(responses), 1):>10,.1f}""")
 
 
 def show_table(records: list[Record], columns: int) -> None:
@@ -792,7 +796,7 @@ def show_table(records: list[Record], columns: int) -> None:
         text = record.error or record.answer or str(record.response or "")
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
-            f"{record.outcome:<8} {shorten(record.question, 28):<30} "
+            f"{kind_of(record):<8} {shorten(record.question, 28):<30} "
             f"{shorten(text, answer_columns, at_word=True)}"
         )
     if len(records) > MAX_ROWS:
@@ -814,9 +818,8 @@ def show_ending(records: list[Record], notes: list[str], command: str) -> str:
     for note in notes:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
     kinds = Counter(kind_of(record) for record in records)
-    for kind, advice in ADVICE.items():
-        if kinds[kind]:
-            print(f"\n  {advice.format(command)}")
+    for advice in dict.fromkeys(ADVICE[kind] for kind in ADVICE if kinds[kind]):
+        print(f"\n  {advice.format(command)}")
     del kinds[SUCCESS]
     cut_off = kinds.pop(CUT_OFF, 0)
     if kinds or notes:
@@ -851,7 +854,10 @@ def check_configuration() -> None:
         value = globals()[name]
         size = len(value) if isinstance(value, str) else value
         if not isinstance(value, expected) or not 0 < size <= 1_000_000:
-            raise ValueError(f"{name} can't be {value!r}")
+            raise ValueError(
+                f"{name} must be a whole number from 1 to 1,000,000 (seconds: also a fraction; "
+                f"names: a text that is not empty), not {value!r}"
+            )
 
 
 def new_results() -> Results:
@@ -873,6 +879,7 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
+        step = "build_request"
         results.add(records)
     except (OSError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
@@ -887,7 +894,9 @@ def open_results(name: str) -> Results:
     try:
         results = Results(path)
     except sqlite3.Error as error:
-        raise ValueError(f"{path} is in use, or can't be used: {error}") from error
+        raise ValueError(
+            f"{path} is in use by another run, or can't be used: {error}"
+        ) from error
     if not results.records:
         raise ValueError(f"there are no requests in {path}")
     return results
@@ -913,7 +922,7 @@ def stop_on_signals(stop: Event) -> None:
         # In another thread, as this one may hold the lock of stop just now
         start_new_thread(stop.set, ())
         # Not by print, which may be what is being interrupted
-        os.write(2, b"\n  Stopping when the calls under way end. Ctrl-C again: at once.\n")
+        os.write(2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n")
 
     signal(SIGINT, handle)
     signal(SIGTERM, handle)

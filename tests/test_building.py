@@ -154,13 +154,18 @@ def test_a_retry_after_pauses_all_jobs(parts: Any, api: LocalApi) -> None:
     told_at: list[float] = []
     arrived_at: list[float] = []
 
+    async def come_in_1_s(request: web.Request, proceed: Proceed) -> web.StreamResponse:
+        while "b" in faults:  # b must not find the pause of a before its own call
+            await asyncio.sleep(0.01)
+        return await status(429, Retry_After="1")(request, proceed)
+
     async def come_in_2_s(request: web.Request, proceed: Proceed) -> web.StreamResponse:
         while not stops["a"].is_waited_for.is_set():  # a waits for its one second already
             await asyncio.sleep(0.01)
         told_at.append(monotonic())
         return await status(429, Retry_After="2")(request, proceed)
 
-    faults: dict[str, Fault] = {"a": status(429, Retry_After="1"), "b": come_in_2_s}
+    faults: dict[str, Fault] = {"a": come_in_1_s, "b": come_in_2_s}
 
     def choose(request: web.Request, body: Json) -> Fault | None:
         fault = faults.pop(custom_ids(body)[0], None)
