@@ -757,7 +757,7 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
     responses = [record.response for record in records if record.response]
-    tokens: Counter[str] = Counter()
+    tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
             count = find(response, int, "usage", f"{name}_tokens") or 0

@@ -696,8 +696,7 @@ class Screen:
 
     def show_progress(self, error: str | None) -> None:
         """Show how many are in which state: live on a terminal, else once a minute."""
-        is_early = monotonic() - self.printed_at < (0.25 if self.is_terminal else 60)
-        if is_early and not (self.is_terminal and error):
+        if not self.is_terminal and monotonic() - self.printed_at < 60:
             return
         states = Counter(record.state for record in self.results.records.values())
         line = shorten(f"⏳ {tally(states)}. {error or ''}", self.columns - 4)
@@ -746,7 +745,7 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
             print(f"      {outcome + ':':<13}{counts[outcome]:>4}")
     times = [record.duration_ms for record in records if record.duration_ms is not None]
     responses = [record.response for record in records if record.response]
-    tokens: Counter[str] = Counter()
+    tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
             count = find(response, int, "usage", f"{name}_tokens") or 0
