@@ -373,6 +373,9 @@ def parse_time(text: object) -> datetime:
     return datetime.strptime(microseconds, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
+Records = list[Record]
+
+
 def new_record(custom_id: str, question: str) -> Record:
     """Return a record with the request of build_request. ValueError: it can't be sent."""
     if not isinstance(question, str):
@@ -452,7 +455,7 @@ class Results:
                     self.connection.execute(UPSERT, [custom_id, json.dumps(vars(record))])
             self.records.update(saved)
 
-    def with_outcome(self, outcome: str) -> list[Record]:
+    def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
         with self.lock:
             return [each for each in self.records.values() if each.outcome == outcome]
@@ -489,7 +492,7 @@ STATE_AFTER = {
     NotAccepted: NOT_SENT,
     Uncertain: UNKNOWN,
 }
-OnGroup = Callable[[list[Record]], object] | None
+OnGroup = Callable[[Records], object] | None
 
 
 def submit_all(
@@ -552,7 +555,7 @@ def poll_all(
                 on_group(polled)
 
 
-def submit(client: Client, results: Results, stop: Event) -> list[Record]:
+def submit(client: Client, results: Results, stop: Event) -> Records:
     """Submit a group, and save what has come of it; return it, or [] if it is left for later."""
     with results.lock:  # so that no other thread takes it, too
         group = results.with_outcome(NOT_SENT)[:MAX_GROUP_SIZE]
@@ -579,14 +582,14 @@ def submit(client: Client, results: Results, stop: Event) -> list[Record]:
     return group
 
 
-def mark(group: list[Record], state: str, error: str | None) -> None:
+def mark(group: Records, state: str, error: str | None) -> None:
     """Set the state and the error of each record."""
     for record in group:
         record.state = state
         record.error = error
 
 
-def poll(client: Client, results: Results, group_id: str, stop: Event) -> list[Record]:
+def poll(client: Client, results: Results, group_id: str, stop: Event) -> Records:
     """Poll a group once, and save what the API says; return it, or [] if stop is set."""
     wait_for_pause(client, stop)
     if stop.is_set():
@@ -608,7 +611,7 @@ def poll(client: Client, results: Results, group_id: str, stop: Event) -> list[R
     return group
 
 
-def match(generation: Json, group: list[Record], results: Results) -> Record | None:
+def match(generation: Json, group: Records, results: Results) -> Record | None:
     """Return the record that a generation belongs to, or None.
 
     A final generation that answers none of the questions gets a new record in the group:
@@ -714,7 +717,7 @@ class Screen:
             print(f"    ... and {len(unsent) - 5} more")
         print("\n  Submitting to Group API...")
 
-    def show_submission(self, group: list[Record]) -> None:
+    def show_submission(self, group: Records) -> None:
         """Print how a submission has ended."""
         if group[0].group_id:
             print(f"  ✓ Group created: {group[0].group_id}")
@@ -722,7 +725,7 @@ class Screen:
         else:
             print("  " + shorten(f"{MARKS[group[0].outcome]} {group[0].error}", 76))
 
-    def show_poll(self, group: list[Record]) -> None:
+    def show_poll(self, group: Records) -> None:
         """Print how far all groups are after a poll of one, and why, if it has failed."""
         self.polls += 1
         states = Counter(record.state for record in self.results.records.values())
@@ -739,7 +742,7 @@ class Screen:
         print(f"  [{self.polls:>3}] {text}")
 
 
-def show_figures(records: list[Record], answered: int, seconds: float) -> None:
+def show_figures(records: Records, answered: int, seconds: float) -> None:
     """Print counts, times and tokens; answered is how many answers came in so many seconds."""
     total = len(records)
     counts = Counter(record.outcome for record in records)
@@ -781,7 +784,7 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
       Avg completion/req:{tokens["completion"] / max(len(responses), 1):>10,.1f}""")
 
 
-def show_table(records: list[Record], columns: int) -> None:
+def show_table(records: Records, columns: int) -> None:
     """Print the questions with their answers, on a wide terminal more of the answers."""
     # From 10 to 24 columns, so that the name of a file can be a custom id
     id_columns = max(len(f"{shorten(record.custom_id, 24):<10}") for record in records)
@@ -803,7 +806,7 @@ def show_table(records: list[Record], columns: int) -> None:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
 
 
-def show_ending(records: list[Record], notes: list[str], command: str) -> str:
+def show_ending(records: Records, notes: list[str], command: str) -> str:
     """Print why the run ended early, what has no answer and why, and what to do about it.
 
     Return the title of the last banner.
@@ -956,7 +959,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
             )
 
 
-def write_answers(records: list[Record], path: Path) -> None:
+def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
     draft = path.with_suffix(".tmp")
     with draft.open("w") as file:

@@ -365,6 +365,9 @@ def parse_time(text: object) -> datetime:
     return datetime.strptime(microseconds, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
+Records = list[Record]
+
+
 def new_record(custom_id: str, question: str) -> Record:
     """Return a record with the request of build_request. ValueError: it can't be sent."""
     if not isinstance(question, str):
@@ -444,7 +447,7 @@ class Results:
                     self.connection.execute(UPSERT, [custom_id, json.dumps(vars(record))])
             self.records.update(saved)
 
-    def with_outcome(self, outcome: str) -> list[Record]:
+    def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
         with self.lock:
             return [each for each in self.records.values() if each.outcome == outcome]
@@ -538,7 +541,7 @@ def poll_all(
 
 def run_round(
     outcome: str, client: Client, results: Results, on_record: OnRecord, stop: Event
-) -> list[Record]:
+) -> Records:
     """Submit what is Not sent, or poll what is Pending, each once; return what was tried."""
     attempt = submit if outcome == NOT_SENT else poll
     tried = []
@@ -727,7 +730,7 @@ class Screen:
         )
 
 
-def show_figures(records: list[Record], answered: int, seconds: float) -> None:
+def show_figures(records: Records, answered: int, seconds: float) -> None:
     """Print counts, times and tokens; answered is how many answers came in so many seconds."""
     total = len(records)
     counts = Counter(record.outcome for record in records)
@@ -769,7 +772,7 @@ def show_figures(records: list[Record], answered: int, seconds: float) -> None:
       Avg completion/req:{tokens["completion"] / max(len(responses), 1):>10,.1f}""")
 
 
-def show_table(records: list[Record], columns: int) -> None:
+def show_table(records: Records, columns: int) -> None:
     """Print the questions with their answers, on a wide terminal more of the answers."""
     # From 10 to 24 columns, so that the name of a file can be a custom id
     id_columns = max(len(f"{shorten(record.custom_id, 24):<10}") for record in records)
@@ -791,7 +794,7 @@ def show_table(records: list[Record], columns: int) -> None:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
 
 
-def show_ending(records: list[Record], notes: list[str], command: str) -> str:
+def show_ending(records: Records, notes: list[str], command: str) -> str:
     """Print why the run ended early, what has no answer and why, and what to do about it.
 
     Return the title of the last banner.
@@ -946,7 +949,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
             )
 
 
-def write_answers(records: list[Record], path: Path) -> None:
+def write_answers(records: Records, path: Path) -> None:
     """Write a line of JSON for each record, without the request that was sent."""
     draft = path.with_suffix(".tmp")
     with draft.open("w") as file:
