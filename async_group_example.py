@@ -712,7 +712,7 @@ class Screen:
         """Print the first questions that are about to be submitted."""
         unsent = self.results.with_outcome(NOT_SENT)
         for record in unsent[:5]:
-            print("    " + shorten(f"{record.custom_id}: {record.question}", 74))
+            print(f"    {shorten(f'{record.custom_id}: {record.question}', 74)}")
         if len(unsent) > 5:
             print(f"    ... and {len(unsent) - 5} more")
         print("\n  Submitting to Group API...")
@@ -723,22 +723,20 @@ class Screen:
             print(f"  ✓ Group created: {group[0].group_id}")
             print(f"  ✓ Group size: {len(group)}")
         else:
-            print("  " + shorten(f"{MARKS[group[0].outcome]} {group[0].error}", 76))
+            print(f"  {MARKS[group[0].outcome]} {shorten(str(group[0].error), 74)}")
 
     def show_poll(self, group: Records) -> None:
         """Print how far all groups are after a poll of one, and why, if it has failed."""
         self.polls += 1
         states = Counter(record.state for record in self.results.records.values())
         done = self.to_poll - len(self.results.with_outcome(PENDING))
-        text = f"{bar(done, self.to_poll, 30)} {done}/{self.to_poll}"
-        text += f" ({done * 100 // self.to_poll}%)"
+        percent = done * 100 // self.to_poll
+        text = f"{bar(done, self.to_poll, 30)} {done}/{self.to_poll} ({percent}%)"
         if done < self.to_poll:
             text += f" (⏳ {states[IN_PROGRESS]} running, {states[QUEUED]} queued)"
-        errors = [
-            record.error for record in group if record.error and record.outcome == PENDING
-        ]
-        if errors:
-            text += f" {shorten(errors[0], 76)}"
+        errors = [record.error for record in group if record.outcome == PENDING]
+        if any(errors):
+            text += f" {shorten(str(errors[0]), 76)}"
         print(f"  [{self.polls:>3}] {text}")
 
 
