@@ -431,17 +431,16 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError or TypeError: two of them have one custom id, or one is no JSON.
+        ValueError or TypeError: two of them have one custom id, or one can't be sent.
         """
-        new = {}
+        given = {}
+        for record in records:
+            if not isinstance(record.custom_id, str) or record.custom_id in given:
+                raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
+            json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
+            given[record.custom_id] = record
         with self.lock:
-            for record in records:
-                if record.custom_id in new:
-                    raise ValueError(f"two requests have the custom id {record.custom_id!r}")
-                if record.custom_id not in self.records:
-                    json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
-                    new[record.custom_id] = record
-            self.save(new.values())
+            self.save(given[key] for key in given if key not in self.records)
 
     def save(self, records: Iterable[Record]) -> None:
         """Save records as they are now, all or none. Each replaces the one with its custom id.

@@ -423,17 +423,16 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError or TypeError: two of them have one custom id, or one is no JSON.
+        ValueError or TypeError: two of them have one custom id, or one can't be sent.
         """
-        new = {}
+        given = {}
+        for record in records:
+            if not isinstance(record.custom_id, str) or record.custom_id in given:
+                raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
+            json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
+            given[record.custom_id] = record
         with self.lock:
-            for record in records:
-                if record.custom_id in new:
-                    raise ValueError(f"two requests have the custom id {record.custom_id!r}")
-                if record.custom_id not in self.records:
-                    json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
-                    new[record.custom_id] = record
-            self.save(new.values())
+            self.save(given[key] for key in given if key not in self.records)
 
     def save(self, records: Iterable[Record]) -> None:
         """Save records as they are now, all or none. Each replaces the one with its custom id.
@@ -506,7 +505,8 @@ def submit_all(
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         stop.wait(random.uniform(0, 2**rounds_in_vain - 1))
         wait_for_pause(client, stop)
-        submitted = run_round(NOT_SENT, client, results, on_record, stop)
+        unsent = results.with_outcome(NOT_SENT)
+        submitted = run_round(submit, unsent, client, results, on_record, stop)
         states = {record.state for record in submitted}
         if QUEUED in states or FAILED in states:
             rounds_in_vain = 0
@@ -533,25 +533,34 @@ def poll_all(
     stop = stop or Event()
     next_round_at = monotonic()
     for _ in range(max_attempts):
-        if not results.with_outcome(PENDING) or stop.wait(next_round_at - monotonic()):
+        pending = results.with_outcome(PENDING)
+        if not pending or stop.wait(next_round_at - monotonic()):
             return
         next_round_at = monotonic() + interval_seconds
-        run_round(PENDING, client, results, on_record, stop)
+        while pending and not stop.is_set():
+            wait_for_pause(client, stop)
+            polled = run_round(poll, pending, client, results, on_record, stop)
+            polled_ids = {record.custom_id for record in polled}
+            pending = [each for each in pending if each.custom_id not in polled_ids]
 
 
 def run_round(
-    outcome: str, client: Client, results: Results, on_record: OnRecord, stop: Event
+    attempt: Callable[[Client, Results, Record, Event], Record | None],
+    records: Records,
+    client: Client,
+    results: Results,
+    on_record: OnRecord,
+    stop: Event,
 ) -> Records:
-    """Submit what is Not sent, or poll what is Pending, each once; return what was tried."""
-    attempt = submit if outcome == NOT_SENT else poll
+    """Submit or poll each record once, in worker threads; return those that it was tried for.
+
+    When the API asks for a pause, workers leave the rest for later: only the caller waits.
+    """
     tried = []
     uncertain_in_a_row = 0
     pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
     try:
-        futures = [
-            pool.submit(attempt, client, results, record, stop)
-            for record in results.with_outcome(outcome)
-        ]
+        futures = [pool.submit(attempt, client, results, each, stop) for each in records]
         for future in as_completed(futures):
             record = future.result()
             if record is None:
@@ -599,9 +608,8 @@ def submit(client: Client, results: Results, record: Record, stop: Event) -> Rec
 
 
 def poll(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
-    """Poll one generation, and save it if it is final; None if stop is set."""
-    wait_for_pause(client, stop)
-    if stop.is_set():
+    """Poll one generation, and save it if it is final; None if it is left for later."""
+    if client.pause_seconds() or stop.is_set():
         return None
     try:
         generation = client.fetch_generation(str(record.generation_id))
