@@ -7,15 +7,12 @@
     uv run tests/benchmark.py           every workload, some minutes
     uv run tests/benchmark.py --short   counts only, on small workloads: what CI runs
 
-It runs on Linux. The scripts run unchanged but for the constants at their top, as processes,
-against the local API in a process of its own. Each side has a processor core of its own: on an
-idle machine, threads that move between cores cost more than the work does, and the figures vary
-twofold. Where no client could do better than some figure, that is called a floor; the bare loop
-is only a reference. The exit code is 1 if a count is not as it should be; without --short, also
-if another figure is not reached.
+It runs on Linux. The scripts run unchanged but for the constants at their top. They and the
+local API are processes with a processor core each: threads that move between cores make the
+figures vary twofold. No client can do better than what is called a floor. The exit code is 1
+if a figure is not reached.
 """
 
-import argparse
 import json
 import os
 import re
@@ -24,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -156,13 +154,9 @@ def connections(count: int) -> None:
     for script, most in ((SINGLE, 5), (GROUP, 1)):
         served = Served(seconds=(0, 1))
         used = run(script, served, NUM_REQUESTS=count, POLL_INTERVAL_SECONDS=0.2)
+        wrong = used["lost"] + used["made again"]
         report("Connections", f"{script}: connections", used["connections"], most)
-        report(
-            "Connections",
-            f"{script}: lost or made twice",
-            used["lost"] + used["made again"],
-            0,
-        )
+        report("Connections", f"{script}: lost or made twice", wrong, 0)
 
 
 def limited(count: int, workers: int, rate: int, burst: int, times: float | None) -> None:
@@ -211,9 +205,8 @@ def many() -> None:
     used: dict[int, dict[str, Any]] = {}
     rates: dict[int, float] = {}
     for count, workers in ((1000, 5), (100, 32), (1000, 32), (10_000, 32)):
-        used[count] = run(
-            SINGLE, Served(seconds=(0, 0)), NUM_REQUESTS=count, MAX_CONCURRENT_POLLS=workers
-        )
+        served = Served(seconds=(0, 0))
+        used[count] = run(SINGLE, served, NUM_REQUESTS=count, MAX_CONCURRENT_POLLS=workers)
         rates[count] = used[count]["calls"] / used[count]["called in"]
         if workers == 5:
             what = f"1,000 requests: time per call, compared to a bare loop ({bare:.0f} a second)"
@@ -226,9 +219,7 @@ def many() -> None:
 
 def main() -> int:
     """Run the workloads, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="counts only, small workloads")
     is_short = parser.parse_args().short
     os.sched_setaffinity(0, CLIENT_CORES)

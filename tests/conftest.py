@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_api import API_KEY, Fault, Json, LocalApi, Proceed, close, status, web
+from aiohttp import web
+from local_api import Fault, Json, LocalApi, Proceed, close
 
 TOP = Path(__file__).parent.parent
 SINGLE, GROUP = "async_polling_example.py", "async_group_example.py"
@@ -75,38 +75,38 @@ class Example:
 
     def __init__(self, script: str, folder: Path, api: LocalApi) -> None:
         self.script = script
+        self.is_group = script == GROUP
         self.folder = folder
         self.api = api
         self.environment: dict[str, str | None] = dict(api.environment)
-        self.may_be_made = (
-            1  # how often a custom id may be made: more after --retry, or a new run
-        )
+        self.may_be_made = 1  # how often a custom id may be made: after --retry, more often
         shutil.copy(TOP / script, folder / script)
         self.edit(NUM_REQUESTS=4, POLL_INTERVAL_SECONDS=0.05, MAX_POLL_ATTEMPTS=40)
         self.edit(REQUEST_TIMEOUT_SECONDS=1)
 
-    @property
-    def submissions(self) -> int:
-        """How many submissions have reached the API."""
-        return sum(method == "POST" for method, _ in self.api.calls)
-
     def edit(self, **constants: Any) -> None:
         """Edit constants as a user does: the line at the top of the script."""
         path = self.folder / self.script
-        text = path.read_text("utf-8")
+        lines = path.read_text("utf-8").split("\n")
         for name, value in constants.items():
-            line = f"{name} = {value!r}"
-            text, count = re.subn(rf"^{name} = .*$", lambda _, x=line: x, text, flags=re.M)
-            assert count == 1, name
-        path.write_text(text, "utf-8")
+            [index] = [n for n, line in enumerate(lines) if line.startswith(f"{name} = ")]
+            lines[index] = f"{name} = {value!r}"
+        path.write_text("\n".join(lines), "utf-8")
+
+    def group_by(self, size: int) -> None:
+        """Let the group script send groups of this size; the other one stays as it is."""
+        if self.is_group:
+            self.edit(MAX_GROUP_SIZE=size)
 
     def define(self, function: str) -> None:
         """Define a function in the place of the one of its name, as a user does."""
         path = self.folder / self.script
-        text = path.read_text("utf-8")
-        path.write_text(
-            text.replace("# --- The API", f"{function}\n\n# --- The API", 1), "utf-8"
-        )
+        above, mark, below = path.read_text("utf-8").partition("# --- The API")
+        path.write_text(f"{above}{function}\n\n{mark}{below}", "utf-8")
+
+    def ask(self, questions: dict[str, str]) -> None:
+        """Define load_questions, with these questions by custom id."""
+        self.define(f"def load_questions():\n    return {questions!a}")
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start the script, in a session of its own."""
@@ -145,6 +145,16 @@ class Example:
     def run(self, *arguments: str, **options: Any) -> Run:
         """Run the script to its end."""
         return self.finish(self.start(*arguments, **options))
+
+    def refuse(self, *arguments: str) -> str:
+        """Run the script with a mistake, so nothing is sent; return the line that names it."""
+        run = self.run(*arguments)
+        assert (run.code, run.stdout, self.api.calls) == (2, "", [])
+        assert not list(self.folder.glob("results/*"))
+        [line] = run.stderr.splitlines()
+        program, message = line.split(": ", 1)
+        assert program == self.script
+        return message
 
 
 @pytest.fixture
@@ -188,23 +198,24 @@ def load(script: str, folder: Path = TOP, **constants: Any) -> types.ModuleType:
     return module
 
 
+def calls(api: LocalApi, method: str) -> int:
+    """How many calls of a method have reached the API."""
+    return [called for called, _ in api.calls].count(method)
+
+
 def custom_ids(body: Json) -> list[str]:
     """The custom ids in a submission."""
     return [each["metadata"]["custom_id"] for each in body.get("requests", [body])]
 
 
 def faulty(
-    fault: Fault, polls: bool, times: float = float("inf"), only: str | None = None
+    fault: Fault, polls: bool, times: float = float("inf")
 ) -> Callable[[web.Request, Json], Fault | None]:
-    """Return a choose_fault: fault for the first polls, or submissions, of each thing.
-
-    times is how often for each; only restricts it to the submissions with that custom id.
-    """
+    """Return a choose_fault: fault for so many polls, or submissions, of each request."""
     seen: Counter[str] = Counter()
 
     def choose(request: web.Request, body: Json) -> Fault | None:
-        is_poll = request.method == "GET"
-        if is_poll != polls or (only and only not in custom_ids(body)):
+        if (request.method == "GET") != polls:
             return None
         seen[request.path + json.dumps(body)] += 1
         return fault if seen[request.path + json.dumps(body)] <= times else None
@@ -236,15 +247,17 @@ class Gate:
 class Striker:
     """Sends a signal to a process at one of its calls, which is carried out first or not."""
 
-    process: "subprocess.Popen[str] | None" = None
-
-    def __init__(self, signal: int, method: str, number: int, is_carried_out: bool) -> None:
-        self.signal, self.method, self.is_carried_out = signal, method, is_carried_out
+    def __init__(self, signal: int, methods: str, number: int, is_carried_out: bool) -> None:
+        self.signal = signal
+        self.methods = methods
         self.calls_left = number
+        self.is_carried_out = is_carried_out
+        self.process: subprocess.Popen[str] | None = None
 
     def __call__(self, request: web.Request, body: Json) -> Fault | None:
         """Count a call. Those of a process that was killed before do not count."""
-        self.calls_left -= self.process is not None and request.method in self.method
+        if self.process and request.method in self.methods:
+            self.calls_left -= 1
         return self.strike if self.calls_left == 0 else None
 
     async def strike(self, request: web.Request, proceed: Proceed) -> web.StreamResponse:
@@ -264,15 +277,3 @@ def start_at(gate: Gate, example: Example) -> subprocess.Popen[str]:
     process = example.start()
     assert gate.arrived.wait(HANG_SECONDS), process.poll()
     return process
-
-
-# What a script waits for: the fault that makes it wait, and whether it meets polls
-WAITS = {
-    "a backoff": (status(429), False),
-    "a Retry-After at a submission": (status(429, Retry_After="99"), False),
-    "a Retry-After at a poll": (status(429, Retry_After="99"), True),
-    "an interval": (status(404), True),
-}
-
-
-__all__ = ["API_KEY", "GROUP", "SCRIPTS", "SINGLE", "TOP", "Example", "Run", "faulty", "load"]

@@ -372,15 +372,12 @@ async def stall(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     return web.Response()
 
 
-class Flaky:
-    """Breaks one answer in five; submissions only with 429, which surely does no harm."""
-
-    def __call__(self, request: web.Request, body: Json) -> Fault | None:
-        """Choose a fault, or none."""
-        faults = [status(429, "slow down"), status(429, "slow down", Retry_After="1")]
-        if request.method == "GET":
-            faults += [status(503, "busy", Retry_After="1"), status(500), reset, cut]
-        return random.choice(faults) if random.random() < 0.2 else None
+def flaky(request: web.Request, body: Json) -> Fault | None:
+    """Break one answer in five; submissions only with 429, which surely does no harm."""
+    faults = [status(429, "slow down"), status(429, "slow down", Retry_After="1")]
+    if request.method == "GET":
+        faults += [status(503, "busy", Retry_After="1"), status(500), reset, cut]
+    return random.choice(faults) if random.random() < 0.2 else None
 
 
 # --- The command line: stdout is left to the command, and to what is copied
@@ -431,16 +428,14 @@ def main() -> int:
     except (OSError, OverflowError):
         parser.exit(2, f"{parser.prog}: port {options.port} is in use, or not allowed.\n")
     if options.flaky:
-        api.choose_fault = Flaky()
+        api.choose_fault = flaky
     with api:
         say(f"A local stand-in for the inference.net API, at {api.url}.")
         say("It has no model and costs nothing.")
         code = run(command, api.environment) if command else wait(api.environment)
     say(f"The local API: {api.bill()}.")
-    if api.unanswered():
-        say(
-            f"Not answered: {api.unanswered()}. They are lost: --resume cannot find them now."
-        )
+    if lost := api.unanswered():
+        say(f"Not answered: {lost}. They are lost: --resume cannot find them now.")
     return code
 
 

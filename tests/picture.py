@@ -10,10 +10,10 @@
 It runs a script against the local API, in a terminal of its own. Not on Windows.
 """
 
-import argparse
 import os
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ def draw(lines: list[str]) -> str:
 
 def main() -> None:
     """Draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default=PICTURE, metavar="FILE.svg")
     options = parser.parse_args()
     options.file.write_text(draw(run_in_terminal()), "utf-8")

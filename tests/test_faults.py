@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from conftest import API_KEY, GROUP, SCRIPTS, SINGLE, Example, Run, custom_ids, faulty, load
+from conftest import SCRIPTS, Example, Run, calls, custom_ids, faulty, load
 from local_api import (
+    API_KEY,
     Fault,
     Json,
     LocalApi,
@@ -43,7 +44,6 @@ NEVER = f"Wed, 21 Oct 2015 {'9' * 400}:28:00 GMT"
 END = b"Connection: close\r\n\r\n"
 CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n" + END + b"-5\r\n{}\r\n"
 KEY_AS_STATUS = b"HTTP/1.1 400 " + KEY + b"\r\nContent-Length: 0\r\n" + END
-NUL = b"HTTP/1.1 502 No\r\nContent-Type: text/html; charset=\0\r\n" + END + b"<b>"
 
 
 def raw(answer: bytes) -> Fault:
@@ -57,16 +57,12 @@ def raw(answer: bytes) -> Fault:
     return fault
 
 
-def interim(code: int) -> Fault:
+async def interim(request: web.Request, proceed: Proceed) -> web.StreamResponse:
     """Send an interim answer, and 0.2 s later another, which misleads whoever reads it."""
-
-    async def fault(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        assert isinstance(request.transport, asyncio.Transport)
-        request.transport.write(b"HTTP/1.1 %d Wait\r\n\r\n" % code)
-        await asyncio.sleep(0.2)
-        return web.json_response({"id": "late", "groupId": "late", "generations": [1]})
-
-    return fault
+    assert isinstance(request.transport, asyncio.Transport)
+    request.transport.write(b"HTTP/1.1 102 Wait\r\n\r\n")
+    await asyncio.sleep(0.2)
+    return web.json_response({"id": "late", "groupId": "late", "generations": [1]})
 
 
 def each_is(value: Any, code: int = 200) -> Fault:
@@ -91,14 +87,12 @@ TURNED_AWAY: Table = {
 # Refused, and so Failed, or perhaps accepted: Unknown. Neither is sent again. A poll that meets
 # them is made again.
 ANSWERS: Table = {
-    "102, and an answer later": (interim(102), "Unknown", "HTTP 102"),
-    "103, and an answer later": (interim(103), "Unknown", "HTTP 103"),
+    "102, and an answer later": (interim, "Unknown", "HTTP 102"),
     "300 with an id": (each_is("an-id", 300), "Failed", "HTTP 300"),
     "304": (status(304), "Failed", "HTTP 304"),
     "307 with a message": (status(307, "go", Location="/v1/x"), "Failed", "HTTP 307: go"),
     "400": (status(400, "max_tokens: too large"), "Failed", "max_tokens: too large"),
     "404": (status(404, "not here"), "Failed", "not here"),
-    "409": (status(409), "Failed", "HTTP 409"),
     "422": (status(422), "Failed", "HTTP 422"),
     "400 with the key": (status(400, f"<{API_KEY}>"), "Failed", "<[API key]>"),
     "400, the key as its text": (raw(KEY_AS_STATUS), "Failed", "HTTP 400"),
@@ -106,12 +100,9 @@ ANSWERS: Table = {
     "500": (status(500), "Unknown", "HTTP 500"),
     "502 with HTML": (body(b"<h1>Bad Gateway", HTML, 502), "Unknown", "<h1>Bad Gateway"),
     "502 with the key": (body(b"to <%s>" % KEY, HTML, 502), "Unknown", "to <[API key]>"),
-    "502, charset=undefined": (body(b"<u>", "a/b; charset=undefined", 502), "Unknown", "<u>"),
-    "502, charset=NUL": (raw(NUL), "Unknown", "<b>"),
     "503": (status(503), "Unknown", "HTTP 503"),
     "503, Retry-After: 1": (status(503, "busy", Retry_After="1"), "Unknown", "busy"),
     "503, Retry-After: soon": (status(503, "ill", Retry_After="soon"), "Unknown", "ill"),
-    "599": (status(599), "Unknown", "HTTP 599"),
     "no answer": (stall, "Unknown", "timed out"),
     "reset": (reset, "Unknown", "reset"),
     "closed": (close, "Unknown", "closed"),
@@ -156,13 +147,11 @@ POLLS |= {
 
 def name_requests(example: Example, names: Any, size: int = 1) -> None:
     """Let the script send a request of each name, side by side or in groups of this size."""
-    questions = dict.fromkeys(names, "What is 2 + 2?")
-    example.define(f"def load_questions():\n    return {questions!r}")
+    example.ask(dict.fromkeys(names, "What is 2 + 2?"))
     example.edit(REQUEST_TIMEOUT_SECONDS=2)
-    if example.script == SINGLE:
+    example.group_by(size)
+    if not example.is_group:
         example.edit(MAX_CONCURRENT_POLLS=30, MAX_UNCERTAIN=1000)
-    else:
-        example.edit(MAX_GROUP_SIZE=size)
 
 
 def meet(api: LocalApi, table: Table, polls: bool, times: float = 1000) -> Counter[str]:
@@ -216,14 +205,14 @@ def go_on(example: Example, run: Run) -> Run:
     """Go on with a run when the API is well again; nothing is submitted a second time."""
     example.api.choose_fault = lambda *_: None
     example.api.alter = lambda generation: generation
-    sent = example.submissions
+    sent = calls(example.api, "POST")
     resumed = example.run("--resume", str(run.path))
-    assert example.submissions == sent
+    assert calls(example.api, "POST") == sent
     return resumed
 
 
 def test_a_submission_that_is_turned_away_is_sent_again(example: Example) -> None:
-    names = list(TURNED_AWAY)[: 3 if example.script == GROUP else None]
+    names = list(TURNED_AWAY)[: 3 if example.is_group else None]
     table = {name: TURNED_AWAY[name] for name in names}
     name_requests(example, table)
     met = meet(example.api, table, polls=False, times=1)
@@ -272,7 +261,7 @@ def test_a_group_that_is_refused_or_unknown_is_sent_once(group: Example) -> None
 
 
 def test_a_poll_that_fails_is_made_again(example: Example) -> None:
-    rounds = 2 if example.script == SINGLE else 1
+    rounds = 2 if not example.is_group else 1
     example.edit(MAX_POLL_ATTEMPTS=rounds)
     name_requests(example, POLLS)
     met = meet(example.api, POLLS, polls=True)
@@ -292,14 +281,12 @@ def says(content: Any, finish_reason: Any = "stop", **more: Any) -> Json:
     return {"response": {"choices": [choice], **more}}
 
 
-def fails(reason: Any, **more: Any) -> Json:
+def fails(reason: Any) -> Json:
     """Return what a failed generation says."""
-    return {"state": "Failed", "stateMessage": reason, "response": None, **more}
+    return {"state": "Failed", "stateMessage": reason, "response": None}
 
 
-HUGE = {
-    "usage": dict.fromkeys(["prompt_tokens", "completion_tokens", "total_tokens"], 10**399)
-}
+HUGE = dict.fromkeys(["prompt_tokens", "completion_tokens", "total_tokens"], 10**399)
 TWO_LINES = "One\u2028two\u0085three\x00"
 HALF = {"state": "In Progress", **says("Half", "length")}
 DEEP = json.loads("[" * 500 + "]" * 500)
@@ -316,7 +303,6 @@ GENERATIONS: dict[str, tuple[Json, str, str]] = {
     "Failed, with the key": (fails(f"<{API_KEY}>"), "Failed", "<[API key]>"),
     "Failed, in colour": (fails("\x1b[31mred\x1b[0m\r\n"), "Failed", "red"),
     "Failed, and not why": (fails(None), "Failed", "no reason"),
-    "Failed, an odd reason": (fails({}), "Failed", "no reason"),
     "an answer of NaN": (says(float("nan")), "Success", ""),
     "an answer with the key": (says(API_KEY), "Success", ""),
     "an answer in parts": (says([{"text": "Paris"}]), "Success", ""),
@@ -326,8 +312,7 @@ GENERATIONS: dict[str, tuple[Json, str, str]] = {
     "choices that are none": ({"response": {"choices": {"0": 7}}}, "Success", ""),
     "nested 500 deep": (says("Deep", more=DEEP), "Success", ""),
     "odd counts of tokens": (says("A", usage={"total_tokens": "7"}), "Success", ""),
-    "no counts of tokens": (says("A", usage=[]), "Success", ""),
-    "counts of tokens of 400 digits": (says("A", **HUGE), "Success", ""),
+    "counts of tokens of 400 digits": (says("A", usage=HUGE), "Success", ""),
 }
 METADATA = {"metadata": {"custom_id": "another's"}}
 ANOTHERS: dict[str, tuple[Json, str, str]] = {  # a group lists what it likes: see LISTS
@@ -340,18 +325,16 @@ TIMES = {
     "milliseconds": ("01.000Z", "02.500Z", 1500),
     "no fractions": ("01Z", "02Z", None),
     "one digit": ("01.0Z", "02.5Z", 1500),
-    "two digits": ("01.00Z", "02.25Z", 1250),
     "microseconds": ("01.000000Z", "02.000500Z", 1000.5),
     "nanoseconds": ("01.000000000Z", "02.500000999Z", 1500),
     "another offset": ("01.000+00:00", "02.500Z", 1500),
     "no offset": ("01.000000", "02.500000Z", None),
-    "second 99": ("99.000Z", "02.500Z", None),
     "half a time": ("", "02.500Z", None),
 }
 
 
 def test_an_odd_generation_ends_no_run_and_spoils_no_other(example: Example) -> None:
-    table = GENERATIONS | (ANOTHERS if example.script == SINGLE else {})
+    table = GENERATIONS | (ANOTHERS if not example.is_group else {})
     for name, times in TIMES.items():
         first, last = (f"2026-01-31T12:00:{time}" for time in times[:2])
         table[name] = ({"dispatchedAt": first, "finishedAt": last}, "Success", "")
@@ -400,9 +383,7 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
 }
 
 
-def test_nothing_in_the_list_of_a_group_is_lost_or_stands_beside_another_question(
-    group: Example,
-) -> None:
+def test_nothing_in_the_list_of_a_group_is_lost_or_mixed_up(group: Example) -> None:
     names = [f"{name}/{which}" for name in LISTS for which in "ab"]
     name_requests(group, names, size=2)
     group.edit(MAX_POLL_ATTEMPTS=3)
@@ -420,9 +401,8 @@ def test_nothing_in_the_list_of_a_group_is_lost_or_stands_beside_another_questio
     found = {}
     for name in LISTS:
         group_id = rows[f"{name}/a"]["group_id"]
-        found[name] = " ".join(
-            row["state"] for row in rows.values() if row["group_id"] == group_id
-        )
+        members = [row for row in rows.values() if row["group_id"] == group_id]
+        found[name] = " ".join(row["state"] for row in members)
     assert found == {name: outcomes for name, (_, outcomes) in LISTS.items()}
     for row in list(rows.values())[len(names) :]:
         assert (row["custom_id"], row["question"]) == (row["generation_id"], "")
@@ -430,15 +410,12 @@ def test_nothing_in_the_list_of_a_group_is_lost_or_stands_beside_another_questio
 
 
 def test_a_group_size_that_is_not_what_was_sent_is_said(group: Example) -> None:
-    async def halve(request: web.Request, proceed: Proceed) -> web.StreamResponse:
-        answer = await proceed()
-        assert isinstance(answer, web.Response)
-        return web.json_response(json.loads(str(answer.text)) | {"groupSize": 2})
-
-    group.api.choose_fault = faulty(halve, polls=False)
+    group.edit(MAX_POLL_ATTEMPTS=1)
+    half = body(b'{"groupId": "a-group", "groupSize": 2}')
+    group.api.choose_fault = faulty(half, polls=False)
     run = group.run()
     assert re.search(r"\b4\b.*\b2\b", run.stdout + run.stderr)
-    assert set(run.outcomes.values()) == {"Success"}
+    assert set(run.outcomes.values()) == {"Pending"}
 
 
 # --- What ends the submitting or the polling
@@ -465,19 +442,17 @@ ENDS: dict[str, tuple[Fault, bool, str, str]] = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_what_concerns_all_requests_ends_the_run_after_few_calls(
-    example: Example, name: str
-) -> None:
+def test_what_concerns_all_requests_ends_the_run(example: Example, name: str) -> None:
+    """After a few calls."""
     fault, polls, outcomes, words = ENDS[name]
     least = 1
-    if example.script == SINGLE:
+    example.edit(NUM_REQUESTS=20, MAX_ROUNDS_IN_VAIN=2, MAX_POLL_ATTEMPTS=3)
+    example.group_by(1)
+    if not example.is_group:
         example.edit(MAX_CONCURRENT_POLLS=1)
         least = 5 if name == "500" else 1
-    else:
-        example.edit(MAX_GROUP_SIZE=1)
-        if name == "503, 600":  # what is Unknown ends it before the pause does
-            words = "HTTP 503"
-    example.edit(NUM_REQUESTS=20, MAX_ROUNDS_IN_VAIN=2, MAX_POLL_ATTEMPTS=3)
+    elif name == "503, 600":  # what is Unknown ends it before the pause does
+        words = "HTTP 503"
     example.api.delay_seconds = 0.02
     example.api.choose_fault = faulty(fault, polls)
     run = example.run()
@@ -485,7 +460,7 @@ def test_what_concerns_all_requests_ends_the_run_after_few_calls(
     assert re.search(words, " ".join(run.stdout.split()))
     assert f'--resume "{run.path.relative_to(run.folder)}"' in run.stdout
     assert run.code == 1
-    assert least <= [method == "GET" for method, _ in example.api.calls].count(polls) < 10
+    assert least <= calls(example.api, "GET" if polls else "POST") < 10
 
 
 NETWORKS = {
@@ -496,9 +471,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_without_a_connection_a_run_of_200_ends_after_few_calls(
-    example: Example, name: str
-) -> None:
+def test_without_a_connection_a_run_ends_soon(example: Example, name: str) -> None:
     scheme, host, words = NETWORKS[name]
     example.edit(NUM_REQUESTS=200, MAX_ROUNDS_IN_VAIN=2)
     with socket.socket() as silent:  # has a port, and does not listen
@@ -512,14 +485,13 @@ def test_without_a_connection_a_run_of_200_ends_after_few_calls(
     assert re.search(f"{host}: .*{words}.*check .*address", ending)
     assert ending.count(f"no answer from {host}: ") == 1  # though all have it
     called = [row for row in run.answers if row["error"]]
-    assert 1 <= len(called) <= (10 if example.script == SINGLE else 50)  # in 2 rounds
+    assert 1 <= len(called) <= (10 if not example.is_group else 50)  # in 2 rounds
     assert run.code == 1
 
 
 def test_an_outage_makes_unknown_only_what_is_under_way(example: Example) -> None:
     example.edit(NUM_REQUESTS=60, MAX_ROUNDS_IN_VAIN=2, MAX_POLL_ATTEMPTS=1)
-    if example.script == GROUP:
-        example.edit(MAX_GROUP_SIZE=2)
+    example.group_by(2)
     is_busy = threading.Event()
 
     def choose(request: web.Request, sent: Json) -> None:
@@ -541,18 +513,15 @@ def test_an_outage_makes_unknown_only_what_is_under_way(example: Example) -> Non
 
 
 @pytest.mark.parametrize("retry_after", ["1", None], ids=["Retry-After: 1", "no header"])
-def test_a_limit_on_the_rate_is_kept_until_all_is_sent(
-    example: Example, retry_after: str | None
-) -> None:
+def test_a_limit_on_the_rate_is_kept(example: Example, retry_after: str | None) -> None:
     api = example.api
     api.rate, api.burst, api.tokens, api.retry_after = 5, 5, 5, retry_after
     example.edit(NUM_REQUESTS=15, POLL_INTERVAL_SECONDS=0.2)
-    if example.script == GROUP:
-        example.edit(MAX_GROUP_SIZE=1)
+    example.group_by(1)
     run = example.run()
     assert set(run.outcomes.values()) == {"Success"}
     assert len(api.generations) == 15
-    assert 15 < example.submissions < 15 * 5
+    assert 15 < calls(api, "POST") < 15 * 5
     assert run.code == 0
 
 
@@ -569,7 +538,6 @@ ADDRESSES = {
     "http://localhost:x@api.example/v1": False,
     "http://api.example/http://localhost": False,
     f"https://{API_KEY}@api.example/v1": False,
-    "http://[::1": False,
 }
 
 
@@ -585,25 +553,17 @@ def test_an_address_must_be_https_or_this_machine_s(script: str, url: str) -> No
     assert API_KEY not in str(caught.value)
 
 
-def test_an_address_that_is_refused_ends_the_run_before_it_begins(example: Example) -> None:
-    example.environment["INFERENCE_BASE_URL"] = "http://localhost:x@api.example/v1"
-    run = example.run()
-    assert "INFERENCE_BASE_URL" in run.stderr
-    assert not (example.folder / "results").exists()
-    assert run.code == 2
-
-
-def test_the_key_is_sent_with_each_call_but_not_to_where_a_redirect_points(
-    example: Example, tmp_path: Path
-) -> None:
+def test_the_key_does_not_follow_a_redirect(example: Example, tmp_path: Path) -> None:
+    """It is sent with each call to the API itself, whatever .netrc says."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
     example.environment["NETRC"] = str(tmp_path / "netrc")
     example.environment["INFERENCE_BASE_URL"] = example.api.url + "/ "
-    if example.script == GROUP:
-        example.edit(MAX_GROUP_SIZE=1)
+    example.group_by(1)
     with LocalApi() as elsewhere:
         redirect = status(307, Location=f"{elsewhere.url}/async/chat/completions")
-        example.api.choose_fault = faulty(redirect, polls=False, only="req-001")
+        example.api.choose_fault = lambda _, sent: (
+            redirect if "req-001" in str(sent) else None
+        )
         run = example.run()
     assert elsewhere.calls == []
     assert [*run.outcomes.values()] == ["Failed", "Success", "Success", "Success"]

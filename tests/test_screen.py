@@ -8,7 +8,7 @@ from typing import Any
 import pexpect
 import pyte
 import pytest
-from conftest import GROUP, SINGLE, Example, custom_ids, faulty, load
+from conftest import Example, custom_ids, faulty
 from local_api import ANSWERS, Json, reset, status
 
 os.environ.pop("COLUMNS", None)  # how wide a terminal the tests were started on
@@ -127,14 +127,13 @@ def test_a_run_without_trouble_prints_the_sample_output(example: Example) -> Non
             late |= change or {}
         return [] if change is None else shown
 
-    example.edit(NUM_REQUESTS=10, POLL_INTERVAL_SECONDS=1 if example.script == SINGLE else 2)
+    example.edit(NUM_REQUESTS=10, POLL_INTERVAL_SECONDS=2 if example.is_group else 1)
     example.api.alter = lambda each: each | {"response": each["response"] | {"usage": usage}}
     example.api.alter_list = alter_list
     run = example.run()
-    other = "G" if example.script == SINGLE else "S"
-    assert like_the_sample(run.stdout) == re.sub(
-        rf"^{other}.*\n|^[GS]", "", SAMPLE, flags=re.M
-    )
+    other = "S" if example.is_group else "G"
+    sample = re.sub(rf"^{other}.*\n|^[GS]", "", SAMPLE, flags=re.M)
+    assert like_the_sample(run.stdout) == sample
     assert (run.code, run.stderr) == (0, "")
 
 
@@ -153,8 +152,6 @@ def read_table(shown: str) -> tuple[list[int], list[list[str]], str]:
     return [end - start for start, end in spans], rows, re.sub(r"\n +", " ", notes)
 
 
-LOAD = "def load_questions():\n    return "
-BUILD = "def build_request(custom_id, question):\n    return "
 CHINESE, HINDI = "东京是日本的首都人口约一千四百万" * 3, "नमस्ते दुनिया"
 TEXTS = [CHINESE, HINDI, "\x1b[2J\x1b]0;title\x07red\x1b[0m", "\0", "half \ud83d of it"]
 TEXTS += ["one\ntwo\rthree\x0bfour\u2028five\u2029six\x85", "\u202egnirts\u202c \u200b\ufeff"]
@@ -164,7 +161,7 @@ def test_text_from_elsewhere_is_harmless_and_cut_at_its_column(example: Example)
     """In questions, answers, custom ids and errors."""
     texts = TEXTS * 2
     names = [f"{n:02} {text[:40]}".replace("\ud83d", "") for n, text in enumerate(texts)]
-    example.define(f"{LOAD}{dict(zip(names, texts, strict=True))!a}")
+    example.ask(dict(zip(names, texts, strict=True)))
 
     def answer(shown: Json) -> Json:
         number = int(custom_ids(shown["request"])[0][:2])
@@ -223,8 +220,10 @@ def test_a_hundred_that_fail_alike_have_one_reason_and_50_rows(example: Example)
     assert "\n  ... and 50 more" in run.stdout
     assert re.search(r"\b100\b.*(not here ?){12}", below)
     group_sizes = re.findall(r"Group size: (\d+)\n", run.stdout)
-    assert group_sizes == (["50", "50"] if example.script == GROUP else [])
-    assert run.stdout.count("404") == 50 + 1 + 3 * len(group_sizes)  # a poll has a line there
+    assert group_sizes == (["50", "50"] if example.is_group else [])
+    assert run.stdout.count("HTTP 404") == 50 + 1 + 3 * len(
+        group_sizes
+    )  # a poll has a line there
 
 
 def run_on_terminal(example: Example, columns: int) -> tuple[int, str, str]:
@@ -251,10 +250,10 @@ def test_a_terminal_of_any_width(example: Example, columns: int) -> None:
     example.api.alter = lambda shown: (
         shown | {"state": next(early, {}).get(custom_ids(shown["request"])[0], "Success")}
     )
-    example.define(f"{LOAD}dict.fromkeys({names}, {question!r})")
+    example.ask(dict.fromkeys(names, question))
     code, printed, screen = run_on_terminal(example, columns)
     assert (code, "\x1b" in printed) == (0, False)
-    if example.script == SINGLE:  # the one with a live line
+    if not example.is_group:  # the one with a live line
         lives = re.findall("⏳[^\r\n]*\r", printed)
         assert max(map(len, lives)) < columns
         assert "1 success, 1 in progress, 1 queued" in "".join(lives)
@@ -275,81 +274,50 @@ def test_a_dead_connection_shows_at_once_on_a_terminal(single: Example) -> None:
     assert re.search(live, run_on_terminal(single, 80)[1])
 
 
-def test_a_dead_connection_shows_once_a_minute_in_a_pipe(single: Example) -> None:
-    look = "import itertools\nmonotonic = itertools.count(0.0).__next__"  # takes a second
-    single.define(look)
-    single.api.choose_fault = faulty(reset, polls=True)
-    run = single.run()
-    lines = re.findall(r"^(?!.*\r)  .*4 queued.*127\.0\.0\.1.*$", run.stdout, re.M)
-    [seconds] = re.findall(r"wall-clock time: +([\d.]+)s\n", run.stdout)
-    assert float(seconds) / 120 < len(lines) <= float(seconds) / 60
-
-
-@pytest.fixture
-def mistake(example: Example, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
-    """Run main with these settings, which must end with 2, a line, and nothing sent."""
-    monkeypatch.chdir(example.folder)
-    monkeypatch.setattr(sys, "argv", [example.script])
-
-    def run_main(**settings: Any) -> Any:
-        module = load(example.script, example.folder)
-        for name, value in settings.items():
-            if name.startswith("INFERENCE"):
-                monkeypatch.setenv(name, value)
-            else:
-                monkeypatch.setattr(module, name, value)
-        with pytest.raises(SystemExit) as ended:
-            module.main()
-        shown = capsys.readouterr()
-        assert (ended.value.code, shown.out, example.api.calls) == (2, "", [])
-        assert not list(example.folder.glob("results/*"))
-        program, line = shown.err.split(": ", 1)
-        assert (program, line.count("\n")) == (example.script, 1)
-        return line
-
-    return run_main
-
-
-NO_NUMBERS = [0, -1, "x", None, float("inf"), 1e10]
-COUNTS = ["NUM_REQUESTS", "MAX_TOKENS", "MAX_POLL_ATTEMPTS", "MAX_CONCURRENT_POLLS"]
-SETTINGS: dict[str, list[Any]] = {name: [*NO_NUMBERS, 1.5] for name in COUNTS}
-SETTINGS |= {"POLL_INTERVAL_SECONDS": NO_NUMBERS, "REQUEST_TIMEOUT_SECONDS": NO_NUMBERS}
-SETTINGS |= {"MODEL_ID": ["", 5], "RESULTS_DIR": ["", 5, __file__]}
-SETTINGS |= {"INFERENCE_API_KEY": ["", "my xyz", "xyz\nxyz"]}
-SETTINGS |= {
-    "INFERENCE_BASE_URL": ["api.xyz.net/v1", "ftp://localhost/xyz", "http://xyz.net/v1"]
+CONSTANTS = {
+    "NUM_REQUESTS": 0,
+    "MODEL_ID": "",
+    "MAX_TOKENS": 1.5,
+    "POLL_INTERVAL_SECONDS": None,
+    "MAX_POLL_ATTEMPTS": -1,
+    "MAX_CONCURRENT_POLLS": "x",
+    "REQUEST_TIMEOUT_SECONDS": 1e10,
+    "RESULTS_DIR": __file__,
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_constant_is_named_with_its_value(
-    example: Example, mistake: Any, name: str
-) -> None:
-    """And a key or an address without it."""
-    if name == "MAX_CONCURRENT_POLLS" and example.script == GROUP:
-        assert not hasattr(load(GROUP), name)
-        return
-    for value in SETTINGS[name]:
-        line = mistake(**{name: value})
-        assert name in line
-        assert repr(value) in line or name.startswith("INFERENCE")
-        assert "xyz" not in line
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_is_named_with_its_value(example: Example, name: str) -> None:
+    if name == "MAX_CONCURRENT_POLLS" and example.is_group:
+        return  # it has none
+    example.edit(**{name: CONSTANTS[name]})
+    line = example.refuse()
+    assert name in line
+    assert repr(CONSTANTS[name]) in line
 
 
-def test_who_has_no_key_is_told_how_to_set_one(example: Example) -> None:
-    example.environment["INFERENCE_API_KEY"] = None
-    run = example.run()
-    assert (run.code, run.stdout, example.api.calls) == (2, "", [])
-    assert re.search(r"set INFERENCE_API_KEY\b.*local_api\.py.*\bnone\b.*\n", run.stderr)
+VARIABLES = {
+    "no key": ("INFERENCE_API_KEY", None, r"set INFERENCE_API_KEY to .*local_api\.py"),
+    "a key in words": ("INFERENCE_API_KEY", "my xyz", "INFERENCE_API_KEY"),
+    "http elsewhere": ("INFERENCE_BASE_URL", "http://xyz.net/v1", "INFERENCE_BASE_URL"),
+}
 
 
+@pytest.mark.parametrize("what", VARIABLES)
+def test_a_variable_is_named_without_its_value(example: Example, what: str) -> None:
+    name, value, words = VARIABLES[what]
+    example.environment[name] = value
+    line = example.refuse()
+    assert re.search(words, line)
+    assert "xyz" not in line
+
+
+LOAD = "def load_questions():\n    return "
+BUILD = "def build_request(custom_id, question):\n    return "
 EDITS = {
     LOAD + "['Why?']": ["load_questions", "['Why?']", '{"', "FOLDER"],
-    LOAD + "None": ["load_questions", "None", '{"', "FOLDER"],
     LOAD + "{}": ["load_questions", "{}", '{"', "FOLDER"],
-    LOAD + "{'my-7': 5.5}": ["build_request: the question", "my-7", "5.5"],
     LOAD + "{'my-7': None}": ["build_request: the question", "my-7", "None"],
-    LOAD + "int('x7')": ["load_questions", "x7"],
     LOAD + "open('my.csv')": ["load_questions", "my.csv"],
     BUILD + "int('x7')": ["build_request", "x7"],
     BUILD + "open('my.csv')": ["build_request", "my.csv"],
@@ -357,10 +325,10 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_mistake_in_a_function(example: Example, mistake: Any, edit: str) -> None:
+def test_a_mistake_in_a_function(example: Example, edit: str) -> None:
     """The line begins with the function's name, and has the folder of relative paths."""
     example.define(edit)
-    line = mistake()
+    line = example.refuse()
     assert line.startswith(EDITS[edit][0])
     for word in EDITS[edit]:
         assert word.replace("FOLDER", str(example.folder)) in line
@@ -372,9 +340,3 @@ def test_any_other_error_of_the_user_shows_its_traceback(example: Example, edit:
     stdout, stderr = example.start().communicate(timeout=60)
     assert re.fullmatch(r"Traceback(.*\n)+KeyError: 'my-7'\n", stderr)
     assert (stdout, example.api.calls) == ("", [])
-
-
-def test_an_unknown_option(example: Example) -> None:
-    run = example.run("--no-such")
-    assert (run.code, run.stdout, example.api.calls) == (2, "", [])
-    assert "--no-such" in run.stderr

@@ -62,15 +62,6 @@ def test_what_both_scripts_need_is_the_same_text_in_the_same_order() -> None:
     assert different == set(DIFFERENT.split())
 
 
-def test_the_top_level_has_only_what_it_may_have() -> None:
-    files = os.listdir(TOP)
-    if (TOP / ".git").exists():
-        done = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True)
-        files = done.stdout.split("\n")
-    top = {Path(file).parts[0] for file in files if file and not file.startswith(".")}
-    assert top - {"results"} == {*SCRIPTS, "README.md", "LICENSE", "tests"}
-
-
 @each_script
 def test_a_script_is_for_uv_run_and_needs_one_package(script: str) -> None:
     assert SOURCES[script].startswith(
@@ -92,22 +83,6 @@ def test_each_part_uses_only_names_of_the_parts_above_it(script: str) -> None:
     for end in starts:
         above = {node.id for node in used if node.lineno < end}
         assert not {name for name in above if defined.get(name, 0) > end}
-
-
-@each_script
-def test_all_has_a_docstring(script: str) -> None:
-    """But for __init__, __enter__, __exit__ and functions inside of others."""
-    for name, node in definitions(TREES[script].body):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not name.endswith("__"):
-            assert ast.get_docstring(node), name
-
-
-@each_script
-def test_the_environment_is_read_where_a_client_is_made(script: str) -> None:
-    readers = {"Client.__init__": 2}
-    for name, node in definitions(TREES[script].body):
-        count = len(re.findall(r"\benviron\b|getenv", ast.unparse(node)))
-        assert isinstance(node, ast.ClassDef) or count == readers.get(name, 0), name
 
 
 IMPORT = """
