@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
@@ -108,6 +108,7 @@ def build_request(custom_id: str, question: str) -> Json:
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # http would show the key to everybody else
+ID = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # if the API asks for a longer pause, we give up: LockedOut
 
 # The states of a generation. The last two are final, and no other is.
@@ -157,6 +158,13 @@ class Uncertain(ApiError):
     A timeout or a broken connection after sending, 408, 5xx, or an answer that is no JSON
     object or lacks what the endpoint promises. Every network error of a poll is one of these.
     """
+
+
+class NoRedirects(Session):
+    """A session to which a redirect is an answer like any other."""
+
+    def get_redirect_target(self, resp: Response) -> None:
+        """Name no other address. (To follow it, requests would rewind the upload.)"""
 
 
 class Client:
@@ -211,7 +219,7 @@ class Client:
 
     def new_id(self, given_id: str) -> str:
         """Check an id that the API has given. Uncertain: it is none, or was given before."""
-        if given_id in self.given_ids or not re.fullmatch("[A-Za-z0-9_-]+", given_id):
+        if given_id in self.given_ids or not re.fullmatch(ID, given_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
         self.given_ids.add(given_id)
         return given_id
@@ -226,7 +234,7 @@ class Client:
         try:
             session = self.idle_sessions.pop()
         except IndexError:
-            session = Session()
+            session = NoRedirects()
         try:
             response = session.request(
                 method,
@@ -234,7 +242,7 @@ class Client:
                 data=upload,
                 auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
-                allow_redirects=False,
+                proxies={"http": ""},  # plain http never leaves this machine
             )
         except (OSError, ValueError, HTTPError) as error:
             cause: BaseException = error
@@ -260,14 +268,14 @@ class Client:
     def read_answer(self, method: str, response: Response) -> Json:
         """Return the JSON object in an answer, or raise what its status means."""
         status = response.status_code
-        content = response.content.replace(self.api_key.encode(), b"[API key]")
         answer = None
         with suppress(ValueError, RecursionError):
-            answer = json.loads(content, parse_constant=str)  # NaN, which JSON lacks: "NaN"
+            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
+            answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks: "NaN"
         if 200 <= status < 300 and isinstance(answer, dict):
             return answer
         message = find(answer, str, "error", "message")
-        reason = f"HTTP {status}: {message or content.decode(errors='replace')}"
+        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(ValueError, OverflowError, HTTPError):  # what can't be read is ignored
@@ -349,7 +357,7 @@ class Record:
             return
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
-            self.error = f"the API says {state}: {reason}"
+            self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
             self.response = response or self.response  # an old one, which --retry has kept
             with suppress(ValueError):  # a time is missing, or odd
@@ -500,6 +508,7 @@ def submit_all(
     Uncertain, if five submissions in a row were uncertain; sqlite3.Error.
     """
     stop = stop or Event()
+    client.given_ids.update(str(each.generation_id) for each in results.records.values())
     rounds_in_vain = 0
     while results.with_outcome(NOT_SENT) and not stop.is_set():
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
@@ -507,10 +516,10 @@ def submit_all(
         wait_for_pause(client, stop)
         unsent = results.with_outcome(NOT_SENT)
         submitted = run_round(submit, unsent, client, results, on_record, stop)
-        states = {record.state for record in submitted}
-        if QUEUED in states or FAILED in states:
+        outcomes = {record.outcome for record in submitted}
+        if outcomes - {NOT_SENT, UNKNOWN}:
             rounds_in_vain = 0
-        elif states:
+        elif outcomes:
             rounds_in_vain += 1
         if rounds_in_vain == MAX_ROUNDS_IN_VAIN:
             raise NotAccepted(submitted[-1].error)
@@ -760,7 +769,7 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     for response in responses:
         for name in ("prompt", "completion", "total"):
             count = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += min(count, 10**9)  # one of 400 digits could not be averaged
+            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -921,8 +930,11 @@ def stop_on_signals(stop: Event) -> None:
         signal(SIGTERM, SIG_DFL)
         # In another thread, as this one may hold the lock of stop just now
         start_new_thread(stop.set, ())
-        # Not by print, which may be what is being interrupted
-        os.write(2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n")
+        # Not by print, which may be what is being interrupted; and stderr may be closed
+        with suppress(OSError):
+            os.write(
+                2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n"
+            )
 
     signal(SIGINT, handle)
     signal(SIGTERM, handle)
@@ -971,7 +983,8 @@ def write_answers(records: Records, path: Path) -> None:
 def end_run(screen: Screen) -> bool:
     """Save everything, show the summary, and tell whether every request has its answer."""
     results = screen.results
-    records = list(results.records.values())
+    # Copies, as a poll under way may change a record still
+    records = [copy(record) for record in results.records.values()]
     path = results.path.with_suffix(".jsonl")
     try:
         with results:
@@ -1000,6 +1013,7 @@ def end_run(screen: Screen) -> bool:
 
 def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
+    signal(SIGINT, SIG_DFL)  # until there is something to be saved
     parser = argparse.ArgumentParser(description="Ask inference.net's Asynchronous API.")
     parser.add_argument("--resume", metavar="FILE", help="go on with an earlier run")
     parser.add_argument(
@@ -1025,7 +1039,7 @@ def main() -> int:
     screen = Screen(results)
     try:
         run(client, screen, stop)
-    except (ApiError, OSError, sqlite3.Error) as error:
+    except (ApiError, OSError, RuntimeError, sqlite3.Error) as error:
         screen.notes.append(f"Stopped: {error}")
     is_complete = end_run(screen)
     if stop.is_set():
