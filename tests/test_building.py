@@ -1,5 +1,6 @@
 """Programs built upon the parts of the scripts, in this process or in one of their own."""
 
+import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from conftest import SCRIPTS, SINGLE, Example, Gate, Striker, calls, faulty, load
-from local_api import Fault, Json, LocalApi, after, close, status
+from local_api import Fault, Json, LocalApi, after, body, close, status
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -205,9 +206,6 @@ def test_polling_ends_without_a_last_wait(parts: Any, api: LocalApi) -> None:
     assert max(waits, default=0) <= 0
 
 
-# Threads, and errors of the program's own
-
-
 def test_four_threads_submit_the_same_results_once(parts: Any, api: LocalApi) -> None:
     parts.MAX_GROUP_SIZE = 5
     client, results = parts.Client(), results_of(parts, *["Why?"] * 40)
@@ -269,9 +267,6 @@ def test_a_thread_waits_while_another_saves(parts: Any) -> None:
         assert len(work[0].result(timeout=30)) == 1
     with pytest.raises(Error, match="closed"):
         results.save(results.records.values())
-
-
-# Requests that are made again, or can't be made
 
 
 def test_what_is_unknown_can_be_sent_again_on_purpose(parts: Any, api: LocalApi) -> None:
@@ -347,3 +342,15 @@ def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
     records = [parts.new_record(text, text) for text in ("one", "two")]
     asked = [record.request["messages"][0]["content"] for record in records]
     assert asked == ["one", "two"]
+
+
+def test_an_id_of_an_earlier_run_is_none(parts: Any, api: LocalApi) -> None:
+    results = results_of(parts, "Why?")
+    parts.submit_all(parts.Client(), results)
+    [given_id] = api.groups if is_group(parts) else api.generations
+    answer = json.dumps({"id": given_id, "groupId": given_id}).encode()
+    api.choose_fault = lambda *_: body(answer)
+    results.add([parts.new_record("new", "How?")])
+    with suppress(parts.Uncertain):
+        parts.submit_all(parts.Client(), results)
+    assert results.records["new"].outcome == "Unknown"

@@ -75,6 +75,7 @@ def each_is(value: Any, code: int = 200) -> Fault:
 
 # Surely not accepted: sent again. How Retry-After is read is the same in both scripts, and the
 # one with groups waits for each: it tries the first three.
+CUT_REDIRECT = b"HTTP/1.1 307 Go\r\nLocation: /v1/x\r\nContent-Length: 100\r\n\r\nabc"
 TURNED_AWAY: Table = {
     "429": (status(429), "Success", ""),
     "429, Retry-After: 0": (status(429, Retry_After="0"), "Success", ""),
@@ -91,6 +92,7 @@ ANSWERS: Table = {
     "300 with an id": (each_is("an-id", 300), "Failed", "HTTP 300"),
     "304": (status(304), "Failed", "HTTP 304"),
     "307 with a message": (status(307, "go", Location="/v1/x"), "Failed", "HTTP 307: go"),
+    "307, cut": (raw(CUT_REDIRECT), "Unknown", "127.0.0.1"),
     "400": (status(400, "max_tokens: too large"), "Failed", "max_tokens: too large"),
     "404": (status(404, "not here"), "Failed", "not here"),
     "422": (status(422), "Failed", "HTTP 422"),
@@ -378,6 +380,15 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
         lambda a, b, poll: [STRAY | {"id": "stray2", "request": METADATA}, a, b],
         THREE,
     ),
+    "ids change places": (
+        lambda a, b, poll: (
+            [a | WAITS, b | WAITS]
+            if poll == 1
+            else [a | {"id": b["id"]}, b | {"id": a["id"]}]
+        ),
+        f"Pending Pending {TWO}",
+    ),
+    "an odd id": (lambda a, b, poll: [a, b, STRAY | {"id": "\ud800"}], TWO),
     "nobody's, not final": (lambda a, b, poll: [a, b, STRAY | WAITS], TWO),
     "no generations": (lambda a, b, poll: [1, None, "x", [], {}, {"state": 3}, a, b], TWO),
 }

@@ -117,9 +117,6 @@ def test_an_id_is_put_on_file_and_the_run_goes_on(single: Example) -> None:
     assert resumed.records["req-003"]["generation_id"] == lost_id
 
 
-# Data of one's own
-
-
 def test_a_folder_of_documents_is_summarized_and_read(example: Example) -> None:
     paste(example, block("python", "documents"))
     missing = example.run()
@@ -173,9 +170,6 @@ def test_the_rows_of_a_csv_file_are_asked(example: Example) -> None:
     assert "two rows have the same id" in run.stderr
 
 
-# Programs
-
-
 def test_the_program_goes_on_and_pays_once(api: LocalApi, tmp_path: Path) -> None:
     shutil.copy(TOP / SINGLE, tmp_path)
     (tmp_path / "my_program.py").write_text(block("python", "my_program.db"), "utf-8")
@@ -213,9 +207,6 @@ def test_what_is_above_the_screen_is_enough_to_copy(api: LocalApi, tmp_path: Pat
         program = program.replace("my_program.db", f"{script}.db")
         (tmp_path / "copied.py").write_text(text + program, "utf-8")
         assert "sum Success" in run_command(f"{sys.executable} copied.py", tmp_path)
-
-
-# Tables
 
 
 def test_the_tables_name_what_there_is(example: Example) -> None:

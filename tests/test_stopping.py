@@ -99,6 +99,18 @@ def test_a_second_signal_ends_a_stall(example: Example, method: str, second: int
     assert not run.path.with_suffix(".jsonl").exists()
 
 
+def test_a_broken_stderr_costs_no_id(example: Example) -> None:
+    gate = Gate("POST")
+    process = start_at(gate, example)
+    assert process.stderr
+    process.stderr.close()
+    process.send_signal(SIGINT)
+    gate.opened.set()
+    run = example.finish(process)
+    assert run.code == 130
+    assert len(example.api.generations) == list(run.outcomes.values()).count("Pending")
+
+
 def test_kills_lose_nothing_and_pay_nothing_twice(example: Example) -> None:
     seed = int(os.environ.get("SEED") or random.randrange(1_000_000))
     print(f"To see nearly the same again: SEED={seed}")
