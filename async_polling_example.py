@@ -925,16 +925,18 @@ def renew(results: Results, kind: str) -> None:
 def stop_on_signals(stop: Event) -> None:
     """Let Ctrl-C and SIGTERM set stop. A second one ends the program as the system does."""
 
-    def handle(*_: object) -> None:
-        signal(SIGINT, SIG_DFL)
-        signal(SIGTERM, SIG_DFL)
-        # In another thread, as this one may hold the lock of stop just now
-        start_new_thread(stop.set, ())
-        # Not by print, which may be what is being interrupted; and stderr may be closed
-        with suppress(OSError):
+    def end() -> None:
+        stop.set()
+        with suppress(OSError):  # stderr may be closed
             os.write(
                 2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n"
             )
+
+    def handle(*_: object) -> None:
+        signal(SIGINT, SIG_DFL)
+        signal(SIGTERM, SIG_DFL)
+        # In another thread, as this one may hold the lock of stop, or be printing
+        start_new_thread(end, ())
 
     signal(SIGINT, handle)
     signal(SIGTERM, handle)
