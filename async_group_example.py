@@ -11,9 +11,11 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                |    it is saved as Unknown before it is sent, and stays so if no answer comes
-                +--> Not sent    surely not accepted: the next round sends it again
-                +--> Failed      refused
+                   +-> Not sent    certainly not accepted: the next round sends it again
+                   +-> Failed      refused
+
+It is saved as Unknown just before it is sent, and stays Unknown if no answer comes: it may be
+paid for, and is never sent again by itself.
 
 The parts of this file:
 
@@ -106,9 +108,9 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # http would show the key to everybody else
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # elsewhere, plain http would show the key
 ID = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # if the API asks for a longer pause, we give up: LockedOut
+MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
 QUEUED = "Queued"
@@ -142,13 +144,13 @@ class Refused(ApiError):
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    It says 401, or asks for a pause of more than two minutes. For a submission, 402 and 403,
-    too; after these, a poll is Refused, and goes on.
+    It says 401, or asks for a pause of more than two minutes. A submission is locked out by
+    402 and 403, too; a poll is only Refused by these.
     """
 
 
 class NotAccepted(ApiError):
-    """Surely not accepted, so it is safe to send again: no connection was made, or 429."""
+    """Certainly not accepted, so it is safe to send again: no connection was made, or 429."""
 
 
 class Uncertain(ApiError):
@@ -163,7 +165,7 @@ class NoRedirects(Session):
     """A session to which a redirect is an answer like any other."""
 
     def get_redirect_target(self, resp: Response) -> None:
-        """Name no other address. (To follow it, requests would rewind the upload.)"""
+        """Follow no redirect: requests would rewind the upload, whose position call needs."""
 
 
 class Client:
@@ -188,7 +190,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()
+        self.given_ids: set[str] = set()  # no two submissions may get the same id
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
@@ -225,7 +227,7 @@ class Client:
         return sorted(known, key=lambda each: each["state"] in FINAL)
 
     def new_id(self, given_id: str) -> str:
-        """Check an id that the API has given. Uncertain: it is none, or was given before."""
+        """Check an id that the API has given. Uncertain: it can't be one, or was given before."""
         if given_id in self.given_ids or not re.fullmatch(ID, given_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
         self.given_ids.add(given_id)
@@ -261,7 +263,7 @@ class Client:
                 raise self.error(Uncertain, reason) from error
             self.pause(1)
             raise self.error(NotAccepted, reason) from error
-        # After a 1xx status, the real answer may still come on this connection.
+        # A connection is not used again after a 1xx status: the real answer may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
         return self.read_answer(method, response)
@@ -303,7 +305,7 @@ class Client:
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Note that the API wants no calls for so long: callers ask pause_seconds first."""
+        """Note that no call is wanted for so long: whoever calls asks pause_seconds first."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
@@ -367,7 +369,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            self.response = response or self.response  # an old one, which --retry has kept
+            self.response = response or self.response  # the old answer, if it was asked again
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
@@ -565,7 +567,7 @@ def poll_all(
 
 def submit(client: Client, results: Results, stop: Event) -> Records:
     """Submit a group, and save what has come of it; return it, or [] if it is left for later."""
-    with results.lock:  # so that no other thread takes it, too
+    with results.lock:  # another submit_all, in another thread, may have the same records
         group = results.with_outcome(NOT_SENT)[:MAX_GROUP_SIZE]
         if not group or client.pause_seconds() or stop.is_set():
             return []
@@ -959,7 +961,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
             print_section(f"Submitting {unsent} Requests")
             screen.show_questions()
             submit_all(client, results, screen.show_submission, stop)
-    except ApiError as error:  # what was accepted is polled all the same
+    except ApiError as error:  # what was accepted is still polled, if no long pause is due
         screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():

@@ -11,9 +11,11 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                |    it is saved as Unknown before it is sent, and stays so if no answer comes
-                +--> Not sent    surely not accepted: the next round sends it again
-                +--> Failed      refused
+                   +-> Not sent    certainly not accepted: the next round sends it again
+                   +-> Failed      refused
+
+It is saved as Unknown just before it is sent, and stays Unknown if no answer comes: it may be
+paid for, and is never sent again by itself.
 
 The parts of this file:
 
@@ -107,9 +109,9 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # http would show the key to everybody else
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # elsewhere, plain http would show the key
 ID = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # if the API asks for a longer pause, we give up: LockedOut
+MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
 QUEUED = "Queued"
@@ -143,13 +145,13 @@ class Refused(ApiError):
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    It says 401, or asks for a pause of more than two minutes. For a submission, 402 and 403,
-    too; after these, a poll is Refused, and goes on.
+    It says 401, or asks for a pause of more than two minutes. A submission is locked out by
+    402 and 403, too; a poll is only Refused by these.
     """
 
 
 class NotAccepted(ApiError):
-    """Surely not accepted, so it is safe to send again: no connection was made, or 429."""
+    """Certainly not accepted, so it is safe to send again: no connection was made, or 429."""
 
 
 class Uncertain(ApiError):
@@ -164,7 +166,7 @@ class NoRedirects(Session):
     """A session to which a redirect is an answer like any other."""
 
     def get_redirect_target(self, resp: Response) -> None:
-        """Name no other address. (To follow it, requests would rewind the upload.)"""
+        """Follow no redirect: requests would rewind the upload, whose position call needs."""
 
 
 class Client:
@@ -189,7 +191,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()
+        self.given_ids: set[str] = set()  # no two submissions may get the same id
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
@@ -218,7 +220,7 @@ class Client:
         return generation
 
     def new_id(self, given_id: str) -> str:
-        """Check an id that the API has given. Uncertain: it is none, or was given before."""
+        """Check an id that the API has given. Uncertain: it can't be one, or was given before."""
         if given_id in self.given_ids or not re.fullmatch(ID, given_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
         self.given_ids.add(given_id)
@@ -254,7 +256,7 @@ class Client:
                 raise self.error(Uncertain, reason) from error
             self.pause(1)
             raise self.error(NotAccepted, reason) from error
-        # After a 1xx status, the real answer may still come on this connection.
+        # A connection is not used again after a 1xx status: the real answer may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
         return self.read_answer(method, response)
@@ -296,7 +298,7 @@ class Client:
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Note that the API wants no calls for so long: callers ask pause_seconds first."""
+        """Note that no call is wanted for so long: whoever calls asks pause_seconds first."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
@@ -359,7 +361,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            self.response = response or self.response  # an old one, which --retry has kept
+            self.response = response or self.response  # the old answer, if it was asked again
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
@@ -505,11 +507,13 @@ def submit_all(
     on_record gets each record after its submission, in the caller's thread. What was not
     accepted is sent again in the next round. Submissions that are under way end before this
     function does. Raises LockedOut; NotAccepted, if five rounds in a row were in vain;
-    Uncertain, if five submissions in a row were uncertain; sqlite3.Error.
+    Uncertain, if five submissions in a row were uncertain; sqlite3.Error. (LockedOut and
+    sqlite3.Error leave some records without on_record.)
     """
     stop = stop or Event()
     client.given_ids.update(str(each.generation_id) for each in results.records.values())
     rounds_in_vain = 0
+    uncertain_in_a_row = 0
     while results.with_outcome(NOT_SENT) and not stop.is_set():
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         stop.wait(random.uniform(0, 2**rounds_in_vain - 1))
@@ -519,8 +523,14 @@ def submit_all(
         outcomes = {record.outcome for record in submitted}
         if outcomes - {NOT_SENT, UNKNOWN}:
             rounds_in_vain = 0
-        elif outcomes:
+        elif NOT_SENT in outcomes:
             rounds_in_vain += 1
+        for record in submitted:
+            uncertain_in_a_row += 1
+            if record.outcome != UNKNOWN:
+                uncertain_in_a_row = 0
+        if uncertain_in_a_row >= MAX_UNCERTAIN:
+            raise Uncertain(submitted[-1].error)
         if rounds_in_vain == MAX_ROUNDS_IN_VAIN:
             raise NotAccepted(submitted[-1].error)
 
@@ -546,7 +556,7 @@ def poll_all(
         if not pending or stop.wait(next_round_at - monotonic()):
             return
         next_round_at = monotonic() + interval_seconds
-        while pending and not stop.is_set():
+        while pending and not stop.is_set():  # a pause can split a round
             wait_for_pause(client, stop)
             polled = run_round(poll, pending, client, results, on_record, stop)
             polled_ids = {record.custom_id for record in polled}
@@ -563,10 +573,9 @@ def run_round(
 ) -> Records:
     """Submit or poll each record once, in worker threads; return those that it was tried for.
 
-    When the API asks for a pause, workers leave the rest for later: only the caller waits.
+    When a pause is due, workers leave the rest for later (None): only the caller waits.
     """
     tried = []
-    uncertain_in_a_row = 0
     pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
     try:
         futures = [pool.submit(attempt, client, results, each, stop) for each in records]
@@ -577,11 +586,6 @@ def run_round(
             tried.append(record)
             if on_record:
                 on_record(record)
-            uncertain_in_a_row += 1
-            if record.outcome != UNKNOWN:
-                uncertain_in_a_row = 0
-            if uncertain_in_a_row == MAX_UNCERTAIN:
-                raise Uncertain(record.error)
     finally:
         # A submission under way may be paid for: it ends first. A poll costs nothing.
         pool.shutdown(wait=attempt is submit, cancel_futures=True)
@@ -590,7 +594,7 @@ def run_round(
 
 def submit(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
     """Submit one request, and save what has come of it; None if it is left for later."""
-    with results.lock:  # so that no other thread takes it, too
+    with results.lock:  # another submit_all, in another thread, may have the same records
         if record.outcome != NOT_SENT or client.pause_seconds() or stop.is_set():
             return None
         # Saved before it is sent: after a crash from here on, it must not be sent again.
@@ -609,6 +613,8 @@ def submit(client: Client, results: Results, record: Record, stop: Event) -> Rec
     except ApiError as error:
         record.state = STATE_AFTER[type(error)]
         record.error = str(error)
+        if not isinstance(error, Refused):
+            client.pause(1)  # ends the round: the others would meet the same
         if isinstance(error, LockedOut):
             raise
     finally:
@@ -958,7 +964,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
         if unsent:
             print_section(f"Submitting {unsent} Requests")
             submit_all(client, results, screen.show_submission, stop)
-    except ApiError as error:  # what was accepted is polled all the same
+    except ApiError as error:  # what was accepted is still polled, if no long pause is due
         screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():

@@ -227,6 +227,8 @@ def test_a_submission_that_is_turned_away_is_sent_again(example: Example) -> Non
 def test_a_submission_that_is_refused_or_unknown_is_sent_once(single: Example) -> None:
     name_requests(single, SUBMISSIONS)
     met = meet(single.api, SUBMISSIONS, polls=False)
+    single.edit(MAX_UNCERTAIN=99, MAX_CONCURRENT_POLLS=60)  # all are under way at once
+    single.api.delay_seconds = 0.5
     run = single.run()
     check(run, SUBMISSIONS, by_name(single, run))
     assert met == dict.fromkeys(SUBMISSIONS, 1)
