@@ -344,6 +344,15 @@ def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
     assert asked == ["one", "two"]
 
 
+def test_a_slow_callback_lets_no_more_submissions_through(api: LocalApi) -> None:
+    parts = load(SINGLE)
+    results = results_of(parts, *["Why?"] * 60)
+    api.choose_fault = lambda *_: status(500)
+    with pytest.raises(parts.Uncertain):
+        parts.submit_all(parts.Client(), results, lambda record: sleep(0.1))
+    assert outcomes(results)["Unknown"] < 5 + parts.MAX_CONCURRENT_POLLS
+
+
 def test_an_id_of_an_earlier_run_is_none(parts: Any, api: LocalApi) -> None:
     results = results_of(parts, "Why?")
     parts.submit_all(parts.Client(), results)

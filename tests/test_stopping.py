@@ -52,9 +52,6 @@ def check_stopped(example: Example, run: Run) -> None:
     check_files(example, run)
 
 
-# Ctrl-C and SIGTERM
-
-
 def test_ctrl_c_ends_a_wait_at_once(example: Example) -> None:
     example.edit(POLL_INTERVAL_SECONDS=99)
     example.api.seconds = (99, 99)
@@ -177,15 +174,6 @@ def test_resume_does_and_measures_what_is_left(example: Example) -> None:
     assert "Model: inference-net/load-test\n" in run.stdout  # that of its requests
     seconds, rate = re.findall(r"(?:wall-clock time|Throughput): +([\d.]+)", run.stdout)
     assert round(float(seconds) * float(rate)) == 2  # only what this run has answered
-
-
-def test_a_run_without_resume_makes_a_file_of_its_own(single: Example) -> None:
-    first = single.run().path
-    content = first.read_bytes()
-    single.may_be_made = 2
-    assert single.run().path != first
-    assert first.read_bytes() == content
-    assert len(single.api.generations) == 8
 
 
 def test_a_second_process_at_a_file_in_use_is_refused(single: Example) -> None:
