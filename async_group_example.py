@@ -215,7 +215,7 @@ class Client:
         return self.new_id(find(answer, str, "groupId") or "")
 
     def fetch_group(self, group_id: str) -> list[Json]:
-        """GET /v1/async/group/{groupId}/generations: return what it lists, final ones last.
+        """GET /v1/async/group/{groupId}/generations: return what it lists, in any order.
 
         A generation may be missing until it is done. A new group may be Refused with 404.
         """
@@ -223,8 +223,7 @@ class Client:
         generations = find(answer, list, "generations")
         if generations is None:
             raise Uncertain("the answer has no list of generations")
-        known = [each for each in generations if find(each, str, "state")]
-        return sorted(known, key=lambda each: each["state"] in FINAL)
+        return [each for each in generations if find(each, str, "state")]
 
     def new_id(self, given_id: str) -> str:
         """Check an id that the API has given. Uncertain: it can't be one, or was given before."""
@@ -609,7 +608,10 @@ def poll(client: Client, results: Results, group_id: str, stop: Event) -> Record
     try:
         for generation in client.fetch_group(group_id):
             record = match(generation, group, results)
-            if record and record.state != SUCCESS:  # of two copies, the final one counts
+            is_success = (
+                generation["state"] == SUCCESS
+            )  # of two copies, it is the one to keep
+            if record and (record.outcome == PENDING or is_success):
                 record.update(generation)
     except LockedOut:
         raise
@@ -805,7 +807,9 @@ def show_table(records: Records, columns: int) -> None:
   {"ID":<{id_columns}} Status     {"Question":<30} Response
   {"-" * id_columns} {"-" * 10} {"-" * 30} {"-" * answer_columns}""")
     for record in records[:MAX_ROWS]:
-        text = record.error or record.answer or str(record.response or "")
+        text = record.error or record.answer or ""
+        if record.response and not text:  # a tool call, say
+            text = str(record.response)
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
             f"{kind_of(record):<8} {shorten(record.question, 28):<30} "
@@ -843,7 +847,9 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
 
 def kind_of(record: Record) -> str:
     """Return the outcome of a record, or Cut-off."""
-    return CUT_OFF if record.is_cut_off else record.outcome
+    if record.is_cut_off:
+        return CUT_OFF
+    return record.outcome
 
 
 # --- The script: the command line, the files of a run, main

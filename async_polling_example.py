@@ -807,7 +807,9 @@ def show_table(records: Records, columns: int) -> None:
   {"ID":<{id_columns}} Status     {"Question":<30} Response
   {"-" * id_columns} {"-" * 10} {"-" * 30} {"-" * answer_columns}""")
     for record in records[:MAX_ROWS]:
-        text = record.error or record.answer or str(record.response or "")
+        text = record.error or record.answer or ""
+        if record.response and not text:  # a tool call, say
+            text = str(record.response)
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
             f"{kind_of(record):<8} {shorten(record.question, 28):<30} "
@@ -845,7 +847,9 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
 
 def kind_of(record: Record) -> str:
     """Return the outcome of a record, or Cut-off."""
-    return CUT_OFF if record.is_cut_off else record.outcome
+    if record.is_cut_off:
+        return CUT_OFF
+    return record.outcome
 
 
 # --- The script: the command line, the files of a run, main
