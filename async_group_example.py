@@ -608,10 +608,10 @@ def poll(client: Client, results: Results, group_id: str, stop: Event) -> Record
     try:
         for generation in client.fetch_group(group_id):
             record = match(generation, group, results)
-            is_success = (
-                generation["state"] == SUCCESS
-            )  # of two copies, it is the one to keep
-            if record and (record.outcome == PENDING or is_success):
+            if not record or record.state == SUCCESS:
+                continue
+            # Of two copies of a generation, the one that has succeeded counts.
+            if record.outcome == PENDING or generation["state"] == SUCCESS:
                 record.update(generation)
     except LockedOut:
         raise
