@@ -516,7 +516,8 @@ def submit_all(
     in vain; Uncertain, if a submission was uncertain; sqlite3.Error.
     """
     stop = stop or Event()
-    client.given_ids.update(str(each.group_id) for each in results.records.values())
+    with results.lock:
+        client.given_ids.update(str(each.group_id) for each in results.records.values())
     rounds_in_vain = 0
     while results.with_outcome(NOT_SENT) and not stop.is_set():
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together

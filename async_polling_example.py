@@ -511,7 +511,8 @@ def submit_all(
     sqlite3.Error leave some records without on_record.)
     """
     stop = stop or Event()
-    client.given_ids.update(str(each.generation_id) for each in results.records.values())
+    with results.lock:
+        client.given_ids.update(str(each.generation_id) for each in results.records.values())
     rounds_in_vain = 0
     uncertain_in_a_row = 0
     while results.with_outcome(NOT_SENT) and not stop.is_set():
@@ -564,7 +565,7 @@ def poll_all(
 
 
 def run_round(
-    attempt: Callable[[Client, Results, Record, Event], Record | None],
+    attempt: Callable[..., Record | None],
     records: Records,
     client: Client,
     results: Results,
