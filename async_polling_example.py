@@ -166,7 +166,10 @@ class NoRedirects(Session):
     """A session to which a redirect is an answer like any other."""
 
     def get_redirect_target(self, resp: Response) -> None:
-        """Follow no redirect: requests would rewind the upload, whose position call needs."""
+        """Follow no redirect: requests would rewind the upload.
+
+        From its position, call tells whether anything was sent.
+        """
 
 
 class Client:
@@ -191,7 +194,8 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # no two submissions may get the same id
+        # Of all submissions, those on file too: an id that is given twice would merge two
+        self.given_ids: set[str] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
@@ -298,7 +302,7 @@ class Client:
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Note that no call is wanted for so long: whoever calls asks pause_seconds first."""
+        """Set how long no call is wanted. It blocks nothing: ask pause_seconds before a call."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
@@ -485,8 +489,10 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_ROUNDS_IN_VAIN = 5  # in a row: in each, nothing was accepted or refused
-MAX_UNCERTAIN = 5  # in a row
+MAX_ROUNDS_IN_VAIN = (
+    5  # in a row: something was not accepted, and nothing accepted or refused
+)
+MAX_UNCERTAIN = 5  # in a row; a timeout of five workers is one
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -588,7 +594,8 @@ def run_round(
             if on_record:
                 on_record(record)
     finally:
-        # A submission under way may be paid for: it ends first. A poll costs nothing.
+        # After an exception, calls may be under way. A submission may be paid for, and ends
+        # first. A poll costs nothing, and is not awaited.
         pool.shutdown(wait=attempt is submit, cancel_futures=True)
     return tried
 
@@ -615,7 +622,7 @@ def submit(client: Client, results: Results, record: Record, stop: Event) -> Rec
         record.state = STATE_AFTER[type(error)]
         record.error = str(error)
         if not isinstance(error, Refused):
-            client.pause(1)  # ends the round: the others would meet the same
+            client.pause(1)  # ends the round: workers that see a pause return None
         if isinstance(error, LockedOut):
             raise
     finally:
