@@ -496,9 +496,8 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_ROUNDS_IN_VAIN = (
-    5  # in a row: something was not accepted, and nothing accepted or refused
-)
+# In a row: something was not accepted, and nothing was accepted or refused
+MAX_ROUNDS_IN_VAIN = 5
 MAX_GROUP_SIZE = 50
 STATE_AFTER = {
     Refused: FAILED,

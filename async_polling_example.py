@@ -489,9 +489,8 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_ROUNDS_IN_VAIN = (
-    5  # in a row: something was not accepted, and nothing accepted or refused
-)
+# In a row: something was not accepted, and nothing was accepted or refused
+MAX_ROUNDS_IN_VAIN = 5
 MAX_UNCERTAIN = 5  # in a row; a timeout of five workers is one
 STATE_AFTER = {
     Refused: FAILED,
