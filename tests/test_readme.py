@@ -35,12 +35,6 @@ def commands() -> list[str]:
     return [each for text in blocks("bash") for each in re.split(r"\n(?! )", text.strip())]
 
 
-def rows_below(heading: str) -> list[list[str]]:
-    """Return the rows of the table whose first heading this is, each a list of its cells."""
-    [table] = re.findall(rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-
-
 def run_command(command: str, folder: Path, shell: bool = False) -> str:
     """Run a command to its good end; return what it has printed."""
     done = subprocess.run(
@@ -207,15 +201,3 @@ def test_what_is_above_the_screen_is_enough_to_copy(api: LocalApi, tmp_path: Pat
         program = program.replace("my_program.db", f"{script}.db")
         (tmp_path / "copied.py").write_text(text + program, "utf-8")
         assert "sum Success" in run_command(f"{sys.executable} copied.py", tmp_path)
-
-
-def test_the_tables_name_what_there_is(example: Example) -> None:
-    run = example.run()
-    assert run.code == 0
-    module = load(example.script)
-    cells = " ".join(cell for row in rows_below("key") for cell in row)
-    assert set(run.answers[0]) <= set(re.findall(r"`(\w+)`", cells))
-    outcomes = {row[0].strip("`") for row in rows_below("outcome")}
-    assert outcomes == set(module.MARKS)
-    for [name, *_] in rows_below("exception"):
-        assert issubclass(getattr(module, name.strip("`")), module.ApiError)

@@ -267,6 +267,15 @@ def test_a_terminal_of_any_width(example: Example, columns: int) -> None:
 
 
 @posix
+def test_a_dead_connection_shows_once_a_minute_in_a_pipe(single: Example) -> None:
+    single.define("import itertools\nmonotonic = itertools.count(0.0).__next__")  # 1 s a look
+    single.api.choose_fault = faulty(reset, polls=True)
+    run = single.run()
+    lines = re.findall(r"^  .*4 queued.*127\.0\.0\.1.*$", run.stdout, re.M)
+    [seconds] = re.findall(r"wall-clock time: +([\d.]+)s\n", run.stdout)
+    assert 1 <= len(lines) <= float(seconds) / 60
+
+
 def test_a_dead_connection_shows_at_once_on_a_terminal(single: Example) -> None:
     single.edit(MAX_POLL_ATTEMPTS=1)  # so it shows in the first round, or too late
     single.api.choose_fault = faulty(reset, polls=True)

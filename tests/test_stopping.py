@@ -82,6 +82,19 @@ def test_calls_under_way_end_first(example: Example, method: str, number: int) -
     assert len(example.api.generations) == 20
 
 
+def test_ctrl_c_during_the_summary_changes_only_the_exit_code(example: Example) -> None:
+    path = put_on_file(example, *["Success"] * 1000)
+    example.edit(MAX_ROWS=1000)  # more than a pipe takes
+    process = example.start("--resume", str(path))
+    assert process.stdout
+    while "SUMMARY" not in process.stdout.readline():
+        pass
+    stop(process, SIGINT)
+    run = example.finish(process)
+    assert run.code == 130
+    assert "\n Generation complete!\n" in run.stdout
+
+
 @pytest.mark.parametrize(("method", "second"), [("POST", SIGTERM), ("GET", SIGINT)])
 def test_a_second_signal_ends_a_stall(example: Example, method: str, second: int) -> None:
     example.edit(REQUEST_TIMEOUT_SECONDS=3600)
