@@ -625,7 +625,9 @@ def poll(client: Client, results: Results, group_id: str, stop: Event) -> Record
         for record in group:
             if record.outcome == PENDING:
                 record.error = str(error)
-    results.save(group)
+    with results.lock:  # what was saved anew meanwhile stays
+        held = [each for each in group if results.records.get(each.custom_id, each) is each]
+        results.save(held)
     return group
 
 
