@@ -45,7 +45,7 @@ from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
@@ -53,15 +53,12 @@ from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
 from time import monotonic
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from requests import PreparedRequest, Response, Session
 from urllib3 import Retry
-from urllib3.exceptions import HTTPError
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 # --- Configuration: what you edit
 
@@ -108,7 +105,8 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # elsewhere, plain http would show the key
+# Plain http would show the key to others; an @ can hide which host is meant.
+BASE_URL = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
@@ -120,7 +118,7 @@ FAILED = "Failed"
 FINAL = (SUCCESS, FAILED)
 
 
-def find(value: Any, kind: type[T], *path: str | int) -> T | None:
+def find(value: Any, kind: type, *path: str | int) -> Any:
     """Return what is in JSON at a path of keys and indexes, or None if it is of another kind."""
     try:
         for step in path:
@@ -161,16 +159,6 @@ class Uncertain(ApiError):
     """
 
 
-class NoRedirects(Session):
-    """A session to which a redirect is an answer like any other."""
-
-    def get_redirect_target(self, resp: Response) -> None:
-        """Follow no redirect: requests would rewind the upload.
-
-        From its position, call tells whether anything was sent.
-        """
-
-
 class Client:
     """The API, for one account. Threads can share a client.
 
@@ -193,17 +181,14 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # Of all submissions, those on file too: an id that is given twice would merge two
-        self.given_ids: set[str] = set()
+        self.given_ids: set[str] = set()  # one that is given twice would merge two requests
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
                 "quotes (tests/local_api.py, which stands in for the API, needs none)"
             )
-        address = urlsplit(self.base_url)
-        is_http_here = address.scheme == "http" and address.hostname in LOCAL_HOSTS
-        if (address.scheme != "https" and not is_http_here) or "@" in self.base_url:
+        if not re.fullmatch(BASE_URL, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
                 "INFERENCE_BASE_URL must begin with https:// (http:// only for this machine) "
                 f"and have no @, as in {DEFAULT_BASE_URL}"
@@ -216,7 +201,11 @@ class Client:
         size = find(answer, int, "groupSize")
         if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
-        return self.new_id(find(answer, str, "groupId") or "")
+        group_id: str = find(answer, str, "groupId") or ""
+        if group_id in self.given_ids or not re.fullmatch(ID, group_id):
+            raise self.error(Uncertain, f"accepted, but without a new id: {group_id!r}")
+        self.given_ids.add(group_id)
+        return group_id
 
     def fetch_group(self, group_id: str) -> list[Json]:
         """GET /v1/async/group/{groupId}/generations: return what it lists, in any order.
@@ -229,13 +218,6 @@ class Client:
             raise Uncertain("the answer has no list of generations")
         return [each for each in generations if find(each, str, "state")]
 
-    def new_id(self, given_id: str) -> str:
-        """Check an id that the API has given. Uncertain: it can't be one, or was given before."""
-        if given_id in self.given_ids or not re.fullmatch(ID, given_id):
-            raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
-        self.given_ids.add(given_id)
-        return given_id
-
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
@@ -246,7 +228,7 @@ class Client:
         try:
             session = self.idle_sessions.pop()
         except IndexError:
-            session = NoRedirects()
+            session = Session()
         try:
             response = session.request(
                 method,
@@ -254,18 +236,18 @@ class Client:
                 data=upload,
                 auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
+                allow_redirects=False,
                 proxies={"http": ""},  # plain http never leaves this machine
             )
-        except (OSError, ValueError, HTTPError) as error:
+        except Exception as error:  # whatever it is, there is no answer
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
-            host = urlsplit(self.base_url).netloc
-            reason = f"no answer from {host}: {cause!r} (check the network and the address)"
-            if upload is None or upload.tell() > 0:
-                raise self.error(Uncertain, reason) from error
-            self.pause(1)
-            raise self.error(NotAccepted, reason) from error
+            reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
+            if upload and upload.tell() == 0:
+                self.pause(1)
+                raise self.error(NotAccepted, reason) from error
+            raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -290,7 +272,7 @@ class Client:
         reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
-        with suppress(ValueError, OverflowError, HTTPError):  # what can't be read is ignored
+        with suppress(Exception):  # what can't be read is ignored
             self.pause(retry.get_retry_after(response.raw) or 0)
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
@@ -352,7 +334,8 @@ class Record:
     @property
     def answer(self) -> str | None:
         """The text of the answer; None if there is none, or if it is no text (tool calls)."""
-        return find(self.response, str, "choices", 0, "message", "content")
+        text: str | None = find(self.response, str, "choices", 0, "message", "content")
+        return text
 
     @property
     def is_cut_off(self) -> bool:
@@ -436,10 +419,10 @@ class Results:
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        query = f"SELECT custom_id, record FROM {TABLE} ORDER BY rowid"
-        for custom_id, text in self.connection.execute(query):
-            self.records[custom_id] = record = Record(custom_id, "", {})
+        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+            record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
+            self.records[record.custom_id] = record
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -450,22 +433,24 @@ class Results:
         for record in records:
             if not isinstance(record.custom_id, str) or record.custom_id in given:
                 raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
-            json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
             given[record.custom_id] = record
         with self.lock:
-            self.save(given[key] for key in given if key not in self.records)
+            self.save([given[key] for key in given if key not in self.records])
 
-    def save(self, records: Iterable[Record]) -> None:
-        """Save records as they are now, all or none. Each replaces the one with its custom id.
+    def save(self, records: Iterable[Record], **changes: object) -> None:
+        """Save records with these changes, all or none. Each replaces the one of its custom id.
 
         So to ask again, save a new record under the same custom id.
         """
-        saved = {record.custom_id: record for record in records}
+        records = list(records)
         with self.lock:
             with self.connection:  # a transaction
-                for custom_id, record in saved.items():
-                    self.connection.execute(UPSERT, [custom_id, json.dumps(vars(record))])
-            self.records.update(saved)
+                for record in records:
+                    text = json.dumps(vars(record) | changes)
+                    self.connection.execute(UPSERT, [record.custom_id, text])
+            for record in records:
+                vars(record).update(changes)
+                self.records[record.custom_id] = record
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
@@ -496,9 +481,8 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-# In a row: something was not accepted, and nothing was accepted or refused
-MAX_ROUNDS_IN_VAIN = 5
 MAX_GROUP_SIZE = 50
+MAX_IN_VAIN = 5  # in a row: groups that were not accepted, and requests that are Unknown
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -516,31 +500,58 @@ def submit_all(
 ) -> None:
     """Submit all that is Not sent, in groups of up to 50. If stop is set, the rest stays so.
 
-    on_group gets the records of each group after its submission. What was not accepted is
-    sent again in the next round. Raises LockedOut; NotAccepted, if five rounds in a row were
-    in vain; Uncertain, if a submission was uncertain; sqlite3.Error.
+    What was not accepted is sent again in the next round. on_group gets the records of each
+    group after its submission. Raises LockedOut; NotAccepted, if five submissions in a row
+    were in vain; Uncertain, if five requests in a row are Unknown; sqlite3.Error.
     """
     stop = stop or Event()
-    with results.lock:
-        client.given_ids.update(str(each.group_id) for each in results.records.values())
-    rounds_in_vain = 0
-    while results.with_outcome(NOT_SENT) and not stop.is_set():
+    in_vain = 0
+    unsent = results.with_outcome(NOT_SENT)
+    while unsent:
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
-        stop.wait(random.uniform(0, 2**rounds_in_vain - 1))
-        wait_for_pause(client, stop)
-        submitted = submit(client, results, stop)
-        if not submitted:
-            continue
-        if on_group:
-            on_group(submitted)
-        state = submitted[0].state  # which all of them have
-        if state == UNKNOWN:  # a whole group hangs on it
-            raise Uncertain(submitted[0].error)
-        rounds_in_vain += 1
-        if state != NOT_SENT:
-            rounds_in_vain = 0
-        if rounds_in_vain == MAX_ROUNDS_IN_VAIN:
-            raise NotAccepted(submitted[0].error)
+        client.pause(random.uniform(0, 2**in_vain - 1))
+        if is_stopped_after_pause(client, stop):
+            return
+        group = claim(results, unsent[:MAX_GROUP_SIZE])
+        if group:
+            submit(client, results, group)
+            if on_group:
+                on_group(group)
+        states = Counter(record.state for record in group)
+        if states.keys() - {NOT_SENT, UNKNOWN}:
+            in_vain = 0
+        elif states:
+            in_vain += max(1, states[UNKNOWN])
+        if in_vain >= MAX_IN_VAIN:
+            kind = NotAccepted if NOT_SENT in states else Uncertain
+            raise kind(group[-1].error)
+        unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
+
+
+def claim(results: Results, records: Records) -> Records:
+    """Save as Unknown those that are Not sent, and return them: they can be submitted now.
+
+    If the program is killed from here on, they must not be sent again. What is not returned
+    was taken by another thread.
+    """
+    with results.lock:
+        claimed = [record for record in records if record.outcome == NOT_SENT]
+        reason = "the program ended while it was being submitted"
+        results.save(claimed, state=UNKNOWN, error=reason)
+    return claimed
+
+
+def submit(client: Client, results: Results, group: Records) -> None:
+    """Submit a group, and save what has come of it."""
+    try:
+        group_id = client.submit_group([record.request for record in group])
+        for record in group:
+            record.group_id = group_id
+        results.save(group, state=QUEUED, error=None)
+    except ApiError as error:
+        results.save(group, state=STATE_AFTER[type(error)], error=str(error))
+        if isinstance(error, LockedOut):
+            raise
 
 
 def poll_all(
@@ -553,7 +564,7 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, in rounds, until it is final or max_attempts rounds are over.
 
-    on_group gets the records of each group after each poll, final or not. A poll that fails
+    on_group gets what was Pending in a group after each poll, final or not. A poll that fails
     leaves its reason in record.error, and is made again in the next round. If stop is set,
     the rest stays Pending. Raises LockedOut, or sqlite3.Error.
     """
@@ -564,109 +575,66 @@ def poll_all(
         if not pending or stop.wait(next_round_at - monotonic()):
             return
         next_round_at = monotonic() + interval_seconds
-        for group_id in dict.fromkeys(str(record.group_id) for record in pending):
-            polled = poll(client, results, group_id, stop)
-            if on_group and polled:
-                on_group(polled)
+        for group_id in dict.fromkeys(record.group_id for record in pending):
+            if is_stopped_after_pause(client, stop):
+                return
+            group = [record for record in pending if record.group_id == group_id]
+            poll(client, results, group)
+            if on_group:
+                on_group(group)
 
 
-def submit(client: Client, results: Results, stop: Event) -> Records:
-    """Submit a group, and save what has come of it; return it, or [] if it is left for later."""
-    with results.lock:  # another submit_all, in another thread, may have the same records
-        group = results.with_outcome(NOT_SENT)[:MAX_GROUP_SIZE]
-        if not group or client.pause_seconds() or stop.is_set():
-            return []
-        # Saved before it is sent: after a crash from here on, it must not be sent again.
-        mark(group, UNKNOWN, "the program ended while it was being submitted")
-        try:
-            results.save(group)
-        except sqlite3.Error:
-            mark(group, NOT_SENT, None)
-            raise
+def poll(client: Client, results: Results, group: Records) -> None:
+    """Poll a group, and save it. What answers none of its questions is added to it."""
     try:
-        group_id = client.submit_group([record.request for record in group])
-        for record in group:
-            record.group_id = group_id
-        mark(group, QUEUED, None)
-    except ApiError as error:
-        mark(group, STATE_AFTER[type(error)], str(error))
-        if isinstance(error, LockedOut):
-            raise
-    finally:
-        results.save(group)
-    return group
-
-
-def mark(group: Records, state: str, error: str | None) -> None:
-    """Set the state and the error of each record."""
-    for record in group:
-        record.state = state
-        record.error = error
-
-
-def poll(client: Client, results: Results, group_id: str, stop: Event) -> Records:
-    """Poll a group once, and save what the API says; return it, or [] if stop is set."""
-    wait_for_pause(client, stop)
-    if stop.is_set():
-        return []
-    with results.lock:
-        group = [each for each in results.records.values() if each.group_id == group_id]
-    try:
-        for generation in client.fetch_group(group_id):
+        for generation in client.fetch_group(str(group[0].group_id)):
             record = match(generation, group, results)
-            if not record or record.state == SUCCESS:
-                continue
-            # Of two copies of a generation, the one that has succeeded counts.
-            if record.outcome == PENDING or generation["state"] == SUCCESS:
+            if (
+                record and record.state != SUCCESS
+            ):  # of two copies, that with an answer counts
                 record.update(generation)
     except LockedOut:
         raise
     except ApiError as error:
         for record in group:
-            if record.outcome == PENDING:
-                record.error = str(error)
-    with results.lock:  # what was saved anew meanwhile stays
-        held = [each for each in group if results.records.get(each.custom_id, each) is each]
-        results.save(held)
-    return group
+            record.error = str(error)
+    results.save(group)
 
 
 def match(generation: Json, group: Records, results: Results) -> Record | None:
     """Return the record that a generation belongs to, or None.
 
-    A final generation that answers none of the questions gets a new record in the group:
-    nothing that was paid for is dropped.
+    Its custom id decides; where that is missing, its own id, if it is known. A final
+    generation that answers none of the questions gets a new record in the group: nothing
+    that was paid for is dropped.
     """
     generation_id = find(generation, str, "id")
     custom_id = find(generation, str, "request", "metadata", "custom_id")
+    key = custom_id or generation_id
     for record in group:
-        if record.generation_id and generation_id:
-            belongs = record.generation_id == generation_id
-        else:
-            belongs = record.custom_id == custom_id
-        if belongs and custom_id in (None, record.custom_id):
+        if key and key in (record.custom_id, record.generation_id):
             record.generation_id = record.generation_id or generation_id
             return record
-    if generation["state"] not in FINAL or not re.fullmatch(ID, generation_id or ""):
+    is_known = custom_id in results.records or generation_id in results.records
+    is_final = generation["state"] in FINAL
+    if is_known or not is_final or not re.fullmatch(ID, generation_id or ""):
         return None
-    asked = results.records.get(custom_id or "")
-    is_of_another_group = asked is not None and asked not in group  # it was asked again
-    if is_of_another_group or generation_id in results.records:
-        return None
-    record = Record(str(generation_id), "", {}, group[0].group_id, generation_id, QUEUED)
+    record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
     group.append(record)
     return record
 
 
-def wait_for_pause(client: Client, stop: Event) -> None:
-    """Wait as long as the API asks, or until stop is set; LockedOut if that is too long."""
+def is_stopped_after_pause(client: Client, stop: Event) -> bool:
+    """Wait as long as the API asks, or until stop is set; return whether it is set."""
     while client.pause_seconds() and not stop.is_set():
         stop.wait(client.pause_seconds())  # asked again, as it may have become longer
+    return stop.is_set()
 
 
 # --- The screen: everything that prints
 
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
+COLUMNS = shutil.get_terminal_size().columns
 MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
 GO_ON = "To go on (a run without --resume pays for everything again):\n      {}"
@@ -706,9 +674,9 @@ def tally(counts: Counter[str]) -> str:
     return ", ".join(f"{counts[word]} {word.lower()}" for word in counts)
 
 
-def print_title(title: str, columns: int) -> None:
+def print_title(title: str) -> None:
     """Print a title between two rules."""
-    rule = "=" * min(80, columns)
+    rule = "=" * min(80, COLUMNS)
     print(f"{rule}\n {title}\n{rule}")
 
 
@@ -722,7 +690,6 @@ class Screen:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self.columns = shutil.get_terminal_size().columns
         self.started_at = monotonic()
         self.answered_before = len(results.with_outcome(SUCCESS))
         self.to_poll = 0
@@ -782,8 +749,8 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
-            count = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
+            count: int = find(response, int, "usage", f"{name}_tokens") or 0
+            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -803,11 +770,11 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
       Avg completion/req:{tokens["completion"] / max(len(responses), 1):>10,.1f}""")
 
 
-def show_table(records: Records, columns: int) -> None:
+def show_table(records: Records) -> None:
     """Print the questions with their answers, on a wide terminal more of the answers."""
     # From 10 to 24 columns, so that the name of a file can be a custom id
     id_columns = max(len(f"{shorten(record.custom_id, 24):<10}") for record in records)
-    answer_columns = max(columns, 80) - id_columns - 45
+    answer_columns = max(COLUMNS, 80) - id_columns - 45
     print(f"""
   Request-Response Correlation
   --------------------------------
@@ -815,9 +782,7 @@ def show_table(records: Records, columns: int) -> None:
   {"ID":<{id_columns}} Status     {"Question":<30} Response
   {"-" * id_columns} {"-" * 10} {"-" * 30} {"-" * answer_columns}""")
     for record in records[:MAX_ROWS]:
-        text = record.error or record.answer or ""
-        if record.response and not text:  # a tool call, say
-            text = str(record.response)
+        text = str(record.error or record.answer or record.response or "")
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
             f"{kind_of(record):<8} {shorten(record.question, 28):<30} "
@@ -905,7 +870,6 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
-        step = "build_request"
         results.add(records)
     except (OSError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
@@ -944,10 +908,7 @@ def stop_on_signals(stop: Event) -> None:
 
     def end() -> None:
         stop.set()
-        with suppress(OSError):  # stderr may be closed
-            os.write(
-                2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n"
-            )
+        os.write(2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n")
 
     def handle(*_: object) -> None:
         signal(SIGINT, SIG_DFL)
@@ -964,7 +925,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
     results = screen.results
     unsent = len(results.with_outcome(NOT_SENT))
     [record, *_] = results.records.values()
-    print_title("INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE", screen.columns)
+    print_title("INFERENCE.NET ASYNC GROUP API - POLLING EXAMPLE")
     print(f"""
   Configuration:
     • Requests to submit: {unsent}
@@ -1001,8 +962,7 @@ def write_answers(records: Records, path: Path) -> None:
 def end_run(screen: Screen) -> bool:
     """Save everything, show the summary, and tell whether every request has its answer."""
     results = screen.results
-    # Copies, as a poll under way may change a record still
-    records = [copy(record) for record in results.records.values()]
+    records = list(results.records.values())
     path = results.path.with_suffix(".jsonl")
     try:
         with results:
@@ -1016,13 +976,13 @@ def end_run(screen: Screen) -> bool:
     answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
     try:
         print()
-        print_title("GROUP GENERATION SUMMARY", screen.columns)
+        print_title("GROUP GENERATION SUMMARY")
         show_figures(records, answered, monotonic() - screen.started_at)
-        show_table(records, screen.columns)
+        show_table(records)
         command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
         title = show_ending(records, screen.notes, command)
         print(f"\n  Results: {path}\n")
-        print_title(title, screen.columns)
+        print_title(title)
     except OSError:  # stdout is closed or full
         return False
     return title.startswith("Generation complete")

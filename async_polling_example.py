@@ -43,25 +43,23 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
 from time import monotonic
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from requests import PreparedRequest, Response, Session
 from urllib3 import Retry
-from urllib3.exceptions import HTTPError
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 # --- Configuration: what you edit
 
@@ -109,7 +107,8 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # elsewhere, plain http would show the key
+# Plain http would show the key to others; an @ can hide which host is meant.
+BASE_URL = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
@@ -121,7 +120,7 @@ FAILED = "Failed"
 FINAL = (SUCCESS, FAILED)
 
 
-def find(value: Any, kind: type[T], *path: str | int) -> T | None:
+def find(value: Any, kind: type, *path: str | int) -> Any:
     """Return what is in JSON at a path of keys and indexes, or None if it is of another kind."""
     try:
         for step in path:
@@ -162,16 +161,6 @@ class Uncertain(ApiError):
     """
 
 
-class NoRedirects(Session):
-    """A session to which a redirect is an answer like any other."""
-
-    def get_redirect_target(self, resp: Response) -> None:
-        """Follow no redirect: requests would rewind the upload.
-
-        From its position, call tells whether anything was sent.
-        """
-
-
 class Client:
     """The API, for one account. Threads can share a client.
 
@@ -194,17 +183,14 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # Of all submissions, those on file too: an id that is given twice would merge two
-        self.given_ids: set[str] = set()
+        self.given_ids: set[str] = set()  # one that is given twice would merge two requests
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
                 "quotes (tests/local_api.py, which stands in for the API, needs none)"
             )
-        address = urlsplit(self.base_url)
-        is_http_here = address.scheme == "http" and address.hostname in LOCAL_HOSTS
-        if (address.scheme != "https" and not is_http_here) or "@" in self.base_url:
+        if not re.fullmatch(BASE_URL, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
                 "INFERENCE_BASE_URL must begin with https:// (http:// only for this machine) "
                 f"and have no @, as in {DEFAULT_BASE_URL}"
@@ -213,7 +199,11 @@ class Client:
     def submit_generation(self, request: Json) -> str:
         """POST /v1/async/chat/completions: submit a request, return its generation id."""
         answer = self.call("POST", "/async/chat/completions", request)
-        return self.new_id(find(answer, str, "id") or "")
+        generation_id: str = find(answer, str, "id") or ""
+        if generation_id in self.given_ids or not re.fullmatch(ID, generation_id):
+            raise self.error(Uncertain, f"accepted, but without a new id: {generation_id!r}")
+        self.given_ids.add(generation_id)
+        return generation_id
 
     def fetch_generation(self, generation_id: str) -> Json:
         """GET /v1/generation/{id}: return the generation. A new one may be Refused with 404."""
@@ -222,13 +212,6 @@ class Client:
         if is_another or not find(generation, str, "state"):
             raise Uncertain("the answer is not this generation, or has no state")
         return generation
-
-    def new_id(self, given_id: str) -> str:
-        """Check an id that the API has given. Uncertain: it can't be one, or was given before."""
-        if given_id in self.given_ids or not re.fullmatch(ID, given_id):
-            raise self.error(Uncertain, f"accepted, but without a new id: {given_id!r}")
-        self.given_ids.add(given_id)
-        return given_id
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
@@ -240,7 +223,7 @@ class Client:
         try:
             session = self.idle_sessions.pop()
         except IndexError:
-            session = NoRedirects()
+            session = Session()
         try:
             response = session.request(
                 method,
@@ -248,18 +231,18 @@ class Client:
                 data=upload,
                 auth=self.add_headers,  # a plain header would lose to an entry in .netrc
                 timeout=self.timeout_seconds,
+                allow_redirects=False,
                 proxies={"http": ""},  # plain http never leaves this machine
             )
-        except (OSError, ValueError, HTTPError) as error:
+        except Exception as error:  # whatever it is, there is no answer
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
-            host = urlsplit(self.base_url).netloc
-            reason = f"no answer from {host}: {cause!r} (check the network and the address)"
-            if upload is None or upload.tell() > 0:
-                raise self.error(Uncertain, reason) from error
-            self.pause(1)
-            raise self.error(NotAccepted, reason) from error
+            reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
+            if upload and upload.tell() == 0:
+                self.pause(1)
+                raise self.error(NotAccepted, reason) from error
+            raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -284,7 +267,7 @@ class Client:
         reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
-        with suppress(ValueError, OverflowError, HTTPError):  # what can't be read is ignored
+        with suppress(Exception):  # what can't be read is ignored
             self.pause(retry.get_retry_after(response.raw) or 0)
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
@@ -345,7 +328,8 @@ class Record:
     @property
     def answer(self) -> str | None:
         """The text of the answer; None if there is none, or if it is no text (tool calls)."""
-        return find(self.response, str, "choices", 0, "message", "content")
+        text: str | None = find(self.response, str, "choices", 0, "message", "content")
+        return text
 
     @property
     def is_cut_off(self) -> bool:
@@ -429,10 +413,10 @@ class Results:
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        query = f"SELECT custom_id, record FROM {TABLE} ORDER BY rowid"
-        for custom_id, text in self.connection.execute(query):
-            self.records[custom_id] = record = Record(custom_id, "", {})
+        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+            record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
+            self.records[record.custom_id] = record
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -443,22 +427,24 @@ class Results:
         for record in records:
             if not isinstance(record.custom_id, str) or record.custom_id in given:
                 raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
-            json.dumps(vars(record), allow_nan=False)  # raises, if it can't be sent
             given[record.custom_id] = record
         with self.lock:
-            self.save(given[key] for key in given if key not in self.records)
+            self.save([given[key] for key in given if key not in self.records])
 
-    def save(self, records: Iterable[Record]) -> None:
-        """Save records as they are now, all or none. Each replaces the one with its custom id.
+    def save(self, records: Iterable[Record], **changes: object) -> None:
+        """Save records with these changes, all or none. Each replaces the one of its custom id.
 
         So to ask again, save a new record under the same custom id.
         """
-        saved = {record.custom_id: record for record in records}
+        records = list(records)
         with self.lock:
             with self.connection:  # a transaction
-                for custom_id, record in saved.items():
-                    self.connection.execute(UPSERT, [custom_id, json.dumps(vars(record))])
-            self.records.update(saved)
+                for record in records:
+                    text = json.dumps(vars(record) | changes)
+                    self.connection.execute(UPSERT, [record.custom_id, text])
+            for record in records:
+                vars(record).update(changes)
+                self.records[record.custom_id] = record
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
@@ -489,9 +475,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-# In a row: something was not accepted, and nothing was accepted or refused
-MAX_ROUNDS_IN_VAIN = 5
-MAX_UNCERTAIN = 5  # in a row; a timeout of five workers is one
+MAX_IN_VAIN = 5  # in a row: batches that were not accepted, and requests that are Unknown
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -507,38 +491,60 @@ def submit_all(
     on_record: OnRecord = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent, in rounds. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent, in batches. If stop is set, the rest stays Not sent.
 
-    on_record gets each record after its submission, in the caller's thread. What was not
-    accepted is sent again in the next round. Submissions that are under way end before this
-    function does. Raises LockedOut; NotAccepted, if five rounds in a row were in vain;
-    Uncertain, if five submissions in a row were uncertain; sqlite3.Error. (LockedOut and
-    sqlite3.Error leave some records without on_record.)
+    A batch is one request for each worker thread, all at the same time. What was not accepted
+    is sent again in the next round. on_record gets each record after its submission, in the
+    caller's thread. Raises LockedOut; NotAccepted or Uncertain, if five in a row were in
+    vain; sqlite3.Error. Calls under way end first.
     """
     stop = stop or Event()
+    in_vain = 0
+    unsent = results.with_outcome(NOT_SENT)
+    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
+        while unsent:
+            # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
+            client.pause(random.uniform(0, 2**in_vain - 1))
+            if is_stopped_after_pause(client, stop):
+                return
+            batch = claim(results, unsent[:MAX_CONCURRENT_POLLS])
+            for record in pool.map(partial(submit, client, results), batch):
+                if on_record:
+                    on_record(record)
+            states = Counter(record.state for record in batch)
+            if states.keys() - {NOT_SENT, UNKNOWN}:
+                in_vain = 0
+            elif states:
+                in_vain += max(1, states[UNKNOWN])
+            if in_vain >= MAX_IN_VAIN:
+                kind = NotAccepted if NOT_SENT in states else Uncertain
+                raise kind(batch[-1].error)
+            unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
+
+
+def claim(results: Results, records: Records) -> Records:
+    """Save as Unknown those that are Not sent, and return them: they can be submitted now.
+
+    If the program is killed from here on, they must not be sent again. What is not returned
+    was taken by another thread.
+    """
     with results.lock:
-        client.given_ids.update(str(each.generation_id) for each in results.records.values())
-    rounds_in_vain = 0
-    uncertain_in_a_row = 0
-    while results.with_outcome(NOT_SENT) and not stop.is_set():
-        # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
-        stop.wait(random.uniform(0, 2**rounds_in_vain - 1))
-        wait_for_pause(client, stop)
-        unsent = results.with_outcome(NOT_SENT)
-        submitted = run_round(submit, unsent, client, results, on_record, stop)
-        outcomes = {record.outcome for record in submitted}
-        if outcomes - {NOT_SENT, UNKNOWN}:
-            rounds_in_vain = 0
-        elif NOT_SENT in outcomes:
-            rounds_in_vain += 1
-        for record in submitted:
-            uncertain_in_a_row += 1
-            if record.outcome != UNKNOWN:
-                uncertain_in_a_row = 0
-        if uncertain_in_a_row >= MAX_UNCERTAIN:
-            raise Uncertain(submitted[-1].error)
-        if rounds_in_vain == MAX_ROUNDS_IN_VAIN:
-            raise NotAccepted(submitted[-1].error)
+        claimed = [record for record in records if record.outcome == NOT_SENT]
+        reason = "the program ended while it was being submitted"
+        results.save(claimed, state=UNKNOWN, error=reason)
+    return claimed
+
+
+def submit(client: Client, results: Results, record: Record) -> Record:
+    """Submit one request, and save what has come of it."""
+    try:
+        record.generation_id = client.submit_generation(record.request)
+        results.save([record], state=QUEUED, error=None)
+    except ApiError as error:
+        results.save([record], state=STATE_AFTER[type(error)], error=str(error))
+        if isinstance(error, LockedOut):
+            raise
+    return record
 
 
 def poll_all(
@@ -557,82 +563,24 @@ def poll_all(
     """
     stop = stop or Event()
     next_round_at = monotonic()
-    for _ in range(max_attempts):
-        pending = results.with_outcome(PENDING)
-        if not pending or stop.wait(next_round_at - monotonic()):
-            return
-        next_round_at = monotonic() + interval_seconds
-        while pending and not stop.is_set():  # a pause can split a round
-            wait_for_pause(client, stop)
-            polled = run_round(poll, pending, client, results, on_record, stop)
-            polled_ids = {record.custom_id for record in polled}
-            pending = [each for each in pending if each.custom_id not in polled_ids]
+    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
+        for _ in range(max_attempts):
+            pending = results.with_outcome(PENDING)
+            if not pending or stop.wait(next_round_at - monotonic()):
+                return
+            next_round_at = monotonic() + interval_seconds
+            while pending:
+                if is_stopped_after_pause(client, stop):
+                    return
+                batch = pending[:MAX_CONCURRENT_POLLS]
+                pending = pending[MAX_CONCURRENT_POLLS:]
+                for record in pool.map(partial(poll, client, results), batch):
+                    if on_record:
+                        on_record(record)
 
 
-def run_round(
-    attempt: Callable[..., Record | None],
-    records: Records,
-    client: Client,
-    results: Results,
-    on_record: OnRecord,
-    stop: Event,
-) -> Records:
-    """Submit or poll each record once, in worker threads; return those that it was tried for.
-
-    When a pause is due, workers leave the rest for later (None): only the caller waits.
-    """
-    tried = []
-    pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
-    try:
-        futures = [pool.submit(attempt, client, results, each, stop) for each in records]
-        for future in as_completed(futures):
-            record = future.result()
-            if record is None:
-                continue
-            tried.append(record)
-            if on_record:
-                on_record(record)
-    finally:
-        # After an exception, calls may be under way. A submission may be paid for, and ends
-        # first. A poll costs nothing, and is not awaited.
-        pool.shutdown(wait=attempt is submit, cancel_futures=True)
-    return tried
-
-
-def submit(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
-    """Submit one request, and save what has come of it; None if it is left for later."""
-    with results.lock:  # another submit_all, in another thread, may have the same records
-        if record.outcome != NOT_SENT or client.pause_seconds() or stop.is_set():
-            return None
-        # Saved before it is sent: after a crash from here on, it must not be sent again.
-        record.state = UNKNOWN
-        record.error = "the program ended while it was being submitted"
-        try:
-            results.save([record])
-        except sqlite3.Error:
-            record.state = NOT_SENT
-            record.error = None
-            raise
-    try:
-        record.generation_id = client.submit_generation(record.request)
-        record.state = QUEUED
-        record.error = None
-    except ApiError as error:
-        record.state = STATE_AFTER[type(error)]
-        record.error = str(error)
-        if not isinstance(error, Refused):
-            client.pause(1)  # ends the round: workers that see a pause return None
-        if isinstance(error, LockedOut):
-            raise
-    finally:
-        results.save([record])
-    return record
-
-
-def poll(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
-    """Poll one generation, and save it if it is final; None if it is left for later."""
-    if client.pause_seconds() or stop.is_set():
-        return None
+def poll(client: Client, results: Results, record: Record) -> Record:
+    """Poll one generation, and save it if it is final."""
     try:
         generation = client.fetch_generation(str(record.generation_id))
         custom_id = find(generation, str, "request", "metadata", "custom_id")
@@ -648,15 +596,18 @@ def poll(client: Client, results: Results, record: Record, stop: Event) -> Recor
     return record
 
 
-def wait_for_pause(client: Client, stop: Event) -> None:
-    """Wait as long as the API asks, or until stop is set; LockedOut if that is too long."""
+def is_stopped_after_pause(client: Client, stop: Event) -> bool:
+    """Wait as long as the API asks, or until stop is set; return whether it is set."""
     while client.pause_seconds() and not stop.is_set():
         stop.wait(client.pause_seconds())  # asked again, as it may have become longer
+    return stop.is_set()
 
 
 # --- The screen: everything that prints
 
 MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: "-"}
+COLUMNS = shutil.get_terminal_size().columns
+IS_TERMINAL = os.isatty(1)
 MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
 GO_ON = "To go on (a run without --resume pays for everything again):\n      {}"
@@ -696,9 +647,9 @@ def tally(counts: Counter[str]) -> str:
     return ", ".join(f"{counts[word]} {word.lower()}" for word in counts)
 
 
-def print_title(title: str, columns: int) -> None:
+def print_title(title: str) -> None:
     """Print a title between two rules."""
-    rule = "=" * min(80, columns)
+    rule = "=" * min(80, COLUMNS)
     print(f"{rule}\n {title}\n{rule}")
 
 
@@ -712,8 +663,6 @@ class Screen:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self.columns = shutil.get_terminal_size().columns
-        self.is_terminal = os.isatty(1)
         self.started_at = monotonic()
         self.printed_at = monotonic()
         self.answered_before = len(results.with_outcome(SUCCESS))
@@ -723,18 +672,18 @@ class Screen:
 
     def clear(self) -> None:
         """Remove the live line."""
-        if self.is_terminal:
-            print(" " * (self.columns - 1), end="\r")
+        if IS_TERMINAL:
+            print(" " * (COLUMNS - 1), end="\r")
         self.printed_at = monotonic()
 
     def show_progress(self, error: str | None) -> None:
         """Show how many are in which state: live on a terminal, else once a minute."""
-        if not self.is_terminal and monotonic() - self.printed_at < 60:
+        if not IS_TERMINAL and monotonic() - self.printed_at < 60:
             return
         states = Counter(record.state for record in self.results.records.values())
-        line = shorten(f"⏳ {tally(states)}. {error or ''}", self.columns - 4)
+        line = shorten(f"⏳ {tally(states)}. {error or ''}", COLUMNS - 4)
         self.clear()
-        print(f"  {line}", end="\r" if self.is_terminal else "\n")
+        print(f"  {line}", end="\r" if IS_TERMINAL else "\n")
 
     def show_submission(self, record: Record) -> None:
         """Print how a submission has ended; one that was not accepted comes again."""
@@ -781,8 +730,8 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
-            count = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
+            count: int = find(response, int, "usage", f"{name}_tokens") or 0
+            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -802,11 +751,11 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
       Avg completion/req:{tokens["completion"] / max(len(responses), 1):>10,.1f}""")
 
 
-def show_table(records: Records, columns: int) -> None:
+def show_table(records: Records) -> None:
     """Print the questions with their answers, on a wide terminal more of the answers."""
     # From 10 to 24 columns, so that the name of a file can be a custom id
     id_columns = max(len(f"{shorten(record.custom_id, 24):<10}") for record in records)
-    answer_columns = max(columns, 80) - id_columns - 45
+    answer_columns = max(COLUMNS, 80) - id_columns - 45
     print(f"""
   Request-Response Correlation
   --------------------------------
@@ -814,9 +763,7 @@ def show_table(records: Records, columns: int) -> None:
   {"ID":<{id_columns}} Status     {"Question":<30} Response
   {"-" * id_columns} {"-" * 10} {"-" * 30} {"-" * answer_columns}""")
     for record in records[:MAX_ROWS]:
-        text = record.error or record.answer or ""
-        if record.response and not text:  # a tool call, say
-            text = str(record.response)
+        text = str(record.error or record.answer or record.response or "")
         print(
             f"  {shorten(record.custom_id, 24):<{id_columns}} {MARKS[record.outcome]} "
             f"{kind_of(record):<8} {shorten(record.question, 28):<30} "
@@ -905,7 +852,6 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
-        step = "build_request"
         results.add(records)
     except (OSError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
@@ -944,10 +890,7 @@ def stop_on_signals(stop: Event) -> None:
 
     def end() -> None:
         stop.set()
-        with suppress(OSError):  # stderr may be closed
-            os.write(
-                2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n"
-            )
+        os.write(2, b"\n  Stopping after the calls under way. Ctrl-C again: stop at once.\n")
 
     def handle(*_: object) -> None:
         signal(SIGINT, SIG_DFL)
@@ -964,7 +907,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
     results = screen.results
     unsent = len(results.with_outcome(NOT_SENT))
     [record, *_] = results.records.values()
-    print_title("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE", screen.columns)
+    print_title("INFERENCE.NET ASYNC API - SINGLE REQUEST POLLING EXAMPLE")
     print(f"""
   Configuration:
     • Requests to submit: {unsent}
@@ -1002,8 +945,7 @@ def write_answers(records: Records, path: Path) -> None:
 def end_run(screen: Screen) -> bool:
     """Save everything, show the summary, and tell whether every request has its answer."""
     results = screen.results
-    # Copies, as a poll under way may change a record still
-    records = [copy(record) for record in results.records.values()]
+    records = list(results.records.values())
     path = results.path.with_suffix(".jsonl")
     try:
         with results:
@@ -1018,13 +960,13 @@ def end_run(screen: Screen) -> bool:
     try:
         screen.clear()
         print()
-        print_title("ASYNC GENERATION SUMMARY", screen.columns)
+        print_title("ASYNC GENERATION SUMMARY")
         show_figures(records, answered, monotonic() - screen.started_at)
-        show_table(records, screen.columns)
+        show_table(records)
         command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
         title = show_ending(records, screen.notes, command)
         print(f"\n  Results: {path}\n")
-        print_title(title, screen.columns)
+        print_title(title)
     except OSError:  # stdout is closed or full
         return False
     return title.startswith("Generation complete")

@@ -451,7 +451,7 @@ def test_what_concerns_all_requests_ends_the_run(example: Example, name: str) ->
     """After a few calls."""
     fault, polls, outcomes, words = ENDS[name]
     least = 1
-    example.edit(NUM_REQUESTS=20, MAX_ROUNDS_IN_VAIN=2, MAX_POLL_ATTEMPTS=3)
+    example.edit(NUM_REQUESTS=20, MAX_IN_VAIN=2, MAX_POLL_ATTEMPTS=3)
     example.group_by(1)
     if not example.is_group:
         example.edit(MAX_CONCURRENT_POLLS=1)
@@ -478,7 +478,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_without_a_connection_a_run_ends_soon(example: Example, name: str) -> None:
     scheme, host, words = NETWORKS[name]
-    example.edit(NUM_REQUESTS=200, MAX_ROUNDS_IN_VAIN=2)
+    example.edit(NUM_REQUESTS=200, MAX_IN_VAIN=2)
     with socket.socket() as silent:  # has a port, and does not listen
         silent.bind(("127.0.0.1", 0))
         host = host.format(silent=silent.getsockname()[1], port=example.api.port)
@@ -495,7 +495,7 @@ def test_without_a_connection_a_run_ends_soon(example: Example, name: str) -> No
 
 
 def test_an_outage_makes_unknown_only_what_is_under_way(example: Example) -> None:
-    example.edit(NUM_REQUESTS=60, MAX_ROUNDS_IN_VAIN=2, MAX_POLL_ATTEMPTS=1)
+    example.edit(NUM_REQUESTS=60, MAX_IN_VAIN=2, MAX_POLL_ATTEMPTS=1)
     example.group_by(2)
     is_busy = threading.Event()
 
