@@ -43,12 +43,11 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
@@ -508,7 +507,9 @@ def submit_all(
             if is_stopped_after_pause(client, stop):
                 return
             batch = claim(results, unsent[:MAX_CONCURRENT_POLLS])
-            for record in pool.map(partial(submit, client, results), batch):
+            futures = [pool.submit(submit, client, results, record) for record in batch]
+            for future in as_completed(futures):
+                record = future.result()
                 if on_record:
                     on_record(record)
             states = Counter(record.state for record in batch)
@@ -574,7 +575,9 @@ def poll_all(
                     return
                 batch = pending[:MAX_CONCURRENT_POLLS]
                 pending = pending[MAX_CONCURRENT_POLLS:]
-                for record in pool.map(partial(poll, client, results), batch):
+                futures = [pool.submit(poll, client, results, record) for record in batch]
+                for future in as_completed(futures):
+                    record = future.result()
                     if on_record:
                         on_record(record)
 

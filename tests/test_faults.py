@@ -75,7 +75,6 @@ def each_is(value: Any, code: int = 200) -> Fault:
 
 # Surely not accepted: sent again. How Retry-After is read is the same in both scripts, and the
 # one with groups waits for each: it tries the first three.
-CUT_REDIRECT = b"HTTP/1.1 307 Go\r\nLocation: /v1/x\r\nContent-Length: 100\r\n\r\nabc"
 TURNED_AWAY: Table = {
     "429": (status(429), "Success", ""),
     "429, Retry-After: 0": (status(429, Retry_After="0"), "Success", ""),
@@ -90,7 +89,6 @@ TURNED_AWAY: Table = {
 ANSWERS: Table = {
     "102, and an answer later": (interim, "Unknown", "HTTP 102"),
     "307 with a message": (status(307, "go", Location="/v1/x"), "Failed", "HTTP 307: go"),
-    "307, cut": (raw(CUT_REDIRECT), "Unknown", "127.0.0.1"),
     "400": (status(400, "max_tokens: too large"), "Failed", "max_tokens: too large"),
     "404": (status(404, "not here"), "Failed", "not here"),
     "400 with the key": (status(400, f"<{API_KEY}>"), "Failed", "<[API key]>"),
@@ -149,7 +147,7 @@ def name_requests(example: Example, names: Any, size: int = 1) -> None:
     example.edit(REQUEST_TIMEOUT_SECONDS=2)
     example.group_by(size)
     if not example.is_group:
-        example.edit(MAX_CONCURRENT_POLLS=30, MAX_UNCERTAIN=1000)
+        example.edit(MAX_CONCURRENT_POLLS=30)
 
 
 def meet(api: LocalApi, table: Table, polls: bool, times: float = 1000) -> Counter[str]:
@@ -223,7 +221,7 @@ def test_a_submission_that_is_turned_away_is_sent_again(example: Example) -> Non
 def test_a_submission_that_is_refused_or_unknown_is_sent_once(single: Example) -> None:
     name_requests(single, SUBMISSIONS)
     met = meet(single.api, SUBMISSIONS, polls=False)
-    single.edit(MAX_UNCERTAIN=99, MAX_CONCURRENT_POLLS=60)  # all are under way at once
+    single.edit(MAX_IN_VAIN=99, MAX_CONCURRENT_POLLS=60)  # all are under way at once
     single.api.delay_seconds = 0.5
     run = single.run()
     check(run, SUBMISSIONS, by_name(single, run))
@@ -250,6 +248,7 @@ def test_a_group_that_is_refused_or_unknown_is_sent_once(group: Example) -> None
     name_requests(group, SUBMISSIONS)
     (group.folder / "results").mkdir()
     (group.folder / "program.py").write_text(PROGRAM)
+    group.edit(MAX_IN_VAIN=1)  # so that it is raised each time, and nothing is waited for
     group.script = "program.py"
     met = meet(group.api, SUBMISSIONS, polls=False)
     run = group.run()
@@ -368,7 +367,7 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
         TWO,
     ),
     "a has no metadata": (lambda a, b, poll: [a | {"request": None}, b], f"Pending {TWO}"),
-    "two answers to a": (lambda a, b, poll: [a, b, a | {"id": a["id"] + "2"}], THREE),
+    "two answers to a": (lambda a, b, poll: [a, b, a | {"id": a["id"] + "2"}], TWO),
     "an answer to nobody": (lambda a, b, poll: [STRAY, a, b], THREE),
     "an answer to another": (
         lambda a, b, poll: [STRAY | {"id": "stray2", "request": METADATA}, a, b],
@@ -380,7 +379,7 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
             if poll == 1
             else [a | {"id": b["id"]}, b | {"id": a["id"]}]
         ),
-        f"Pending Pending {TWO}",
+        TWO,
     ),
     "an odd id": (lambda a, b, poll: [a, b, STRAY | {"id": "\ud800"}], TWO),
     "nobody's, not final": (lambda a, b, poll: [a, b, STRAY | WAITS], TWO),
@@ -438,7 +437,7 @@ ENDS: dict[str, tuple[Fault, bool, str, str]] = {
     "429, 999...": (status(429, "busy", Retry_After="9" * 400), False, "Not sent", "busy"),
     "429, 2100": (status(429, Retry_After=FUTURE), False, "Not sent", r"\d{4} seconds"),
     "503, 600": (status(503, Retry_After="600"), False, "Not sent, Unknown", TEN_MINUTES),
-    "500": (status(500), False, "Not sent, Unknown", "HTTP 500"),  # five times in a row
+    "500": (status(500), False, "Not sent, Unknown", "HTTP 500"),  # two in a row
     "one id for all": (each_is("same"), False, "Not sent, Pending, Unknown", "same"),
     "polls: 401": (status(401), True, "Pending", "INFERENCE_API_KEY"),
     "polls: 429, 600": (status(429, Retry_After="600"), True, "Pending", TEN_MINUTES),
@@ -455,7 +454,7 @@ def test_what_concerns_all_requests_ends_the_run(example: Example, name: str) ->
     example.group_by(1)
     if not example.is_group:
         example.edit(MAX_CONCURRENT_POLLS=1)
-        least = 5 if name == "500" else 1
+        least = 2 if name == "500" else 1
     elif name == "503, 600":  # what is Unknown ends it before the pause does
         words = "HTTP 503"
     example.api.delay_seconds = 0.02
@@ -487,10 +486,10 @@ def test_without_a_connection_a_run_ends_soon(example: Example, name: str) -> No
         run = example.run()
     assert set(run.outcomes.values()) == {"Not sent"}
     [_, ending] = " ".join(run.stdout.split()).split("Request-Response Correlation")
-    assert re.search(f"{host}: .*{words}.*check .*address", ending)
-    assert ending.count(f"no answer from {host}: ") == 1  # though all have it
+    assert re.search(f"{host}/v1: .*{words}.*check .*address", ending)
+    assert ending.count(f"no answer from {scheme}://{host}/v1: ") == 1  # though all have it
     called = [row for row in run.answers if row["error"]]
-    assert 1 <= len(called) <= (10 if not example.is_group else 50)  # in 2 rounds
+    assert 1 <= len(called) <= (10 if not example.is_group else 100)  # in 2 rounds
     assert run.code == 1
 
 

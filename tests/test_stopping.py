@@ -276,14 +276,15 @@ def test_when_the_polls_are_used_up_the_command_shown_goes_on(example: Example) 
     assert len(example.api.generations) == 4
 
 
-# By the state that can't be put on file
-@pytest.mark.parametrize(("state", "is_sent"), [("Unknown", False), ("Queued", True)])
-def test_a_full_disk_costs_no_id(example: Example, state: str, is_sent: bool) -> None:
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_full_disk_costs_no_id(example: Example, is_sent: bool) -> None:
+    """Whether it is full at the save before the submission, or at the one after it."""
     path = put_on_file(example, *["Not sent"] * 4)
+    key = "group_id" if example.is_group else "generation_id"
     execute(
         path,
         f"CREATE TRIGGER disk BEFORE UPDATE ON {load(example.script).TABLE} "
-        f"WHEN json_extract(new.record, '$.state') = '{state}' "
+        f"WHEN (json_extract(new.record, '$.{key}') IS NOT NULL) = {is_sent} "
         "BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",
     )
     run = example.run("--resume", str(path))
