@@ -105,9 +105,9 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-# Plain http would show the key to others; an @ can hide which host is meant.
-BASE_URL = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
-ID = "[A-Za-z0-9_-]+"
+# Plain http would show the key to others, and an @ can hide which host is meant
+BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
+ID_PATTERN = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
@@ -188,7 +188,7 @@ class Client:
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
                 "quotes (tests/local_api.py, which stands in for the API, needs none)"
             )
-        if not re.fullmatch(BASE_URL, self.base_url):
+        if not re.fullmatch(BASE_URL_PATTERN, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
                 "INFERENCE_BASE_URL must begin with https:// (http:// only for this machine) "
                 f"and have no @, as in {DEFAULT_BASE_URL}"
@@ -202,7 +202,7 @@ class Client:
         if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
         group_id: str = find(answer, str, "groupId") or ""
-        if group_id in self.given_ids or not re.fullmatch(ID, group_id):
+        if group_id in self.given_ids or not re.fullmatch(ID_PATTERN, group_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {group_id!r}")
         self.given_ids.add(group_id)
         return group_id
@@ -245,7 +245,6 @@ class Client:
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
             if upload and upload.tell() == 0:
-                self.pause(1)
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
@@ -482,7 +481,9 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-MAX_IN_VAIN = 5  # in a row: groups that were not accepted, and requests that are Unknown
+# In a row, with nothing that was accepted or refused between: groups that were not accepted,
+# and requests that are Unknown
+MAX_IN_VAIN = 5
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -498,11 +499,11 @@ def submit_all(
     on_group: OnGroup = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent, in groups of up to 50. If stop is set, the rest stays so.
+    """Submit all that is Not sent. If stop is set, the rest stays Not sent.
 
-    What was not accepted is sent again in the next round. on_group gets the records of each
-    group after its submission. Raises LockedOut; NotAccepted, if five submissions in a row
-    were in vain; Uncertain, if five requests in a row are Unknown; sqlite3.Error.
+    A group is up to 50 requests, which are sent in one call. What was not accepted is sent
+    again in the next round. on_group gets the records of each group after its submission.
+    Raises LockedOut at once; NotAccepted or Uncertain after MAX_IN_VAIN; sqlite3.Error.
     """
     stop = stop or Event()
     in_vain = 0
@@ -525,14 +526,15 @@ def submit_all(
         if in_vain >= MAX_IN_VAIN:
             kind = NotAccepted if NOT_SENT in states else Uncertain
             raise kind(group[-1].error)
+        # If no more are left of this round, the next one has what was not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
 
 
 def claim(results: Results, records: Records) -> Records:
-    """Save as Unknown those that are Not sent, and return them: they can be submitted now.
+    """Save those that are Not sent as Unknown, and return them, to be submitted.
 
-    If the program is killed from here on, they must not be sent again. What is not returned
-    was taken by another thread.
+    If the program is killed from here on, they must not be sent again. Another thread may
+    have claimed some of the records before.
     """
     with results.lock:
         claimed = [record for record in records if record.outcome == NOT_SENT]
@@ -617,7 +619,7 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
             return record
     is_known = custom_id in results.records or generation_id in results.records
     is_final = generation["state"] in FINAL
-    if is_known or not is_final or not re.fullmatch(ID, generation_id or ""):
+    if is_known or not is_final or not re.fullmatch(ID_PATTERN, generation_id or ""):
         return None
     record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
     group.append(record)

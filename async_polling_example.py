@@ -22,7 +22,7 @@ The parts of this file:
     Configuration   what you edit: constants, questions, and the request for a question
     The API         four exceptions, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file of them
-    The work        submit_all and poll_all, in rounds, with worker threads
+    The work        submit_all and poll_all, which use worker threads
     The screen      everything that prints
     The script      the command line, the files of a run, Ctrl-C
 
@@ -106,9 +106,9 @@ def build_request(custom_id: str, question: str) -> Json:
 # --- The API: a client, and what can go wrong
 
 DEFAULT_BASE_URL = "https://api.inference.net/v1"
-# Plain http would show the key to others; an @ can hide which host is meant.
-BASE_URL = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
-ID = "[A-Za-z0-9_-]+"
+# Plain http would show the key to others, and an @ can hide which host is meant
+BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
+ID_PATTERN = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
@@ -189,7 +189,7 @@ class Client:
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
                 "quotes (tests/local_api.py, which stands in for the API, needs none)"
             )
-        if not re.fullmatch(BASE_URL, self.base_url):
+        if not re.fullmatch(BASE_URL_PATTERN, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
                 "INFERENCE_BASE_URL must begin with https:// (http:// only for this machine) "
                 f"and have no @, as in {DEFAULT_BASE_URL}"
@@ -199,7 +199,7 @@ class Client:
         """POST /v1/async/chat/completions: submit a request, return its generation id."""
         answer = self.call("POST", "/async/chat/completions", request)
         generation_id: str = find(answer, str, "id") or ""
-        if generation_id in self.given_ids or not re.fullmatch(ID, generation_id):
+        if generation_id in self.given_ids or not re.fullmatch(ID_PATTERN, generation_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {generation_id!r}")
         self.given_ids.add(generation_id)
         return generation_id
@@ -239,7 +239,6 @@ class Client:
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
             if upload and upload.tell() == 0:
-                self.pause(1)
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
@@ -474,7 +473,9 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # in a row: batches that were not accepted, and requests that are Unknown
+# In a row, with nothing that was accepted or refused between: batches that were not accepted,
+# and requests that are Unknown
+MAX_IN_VAIN = 5
 STATE_AFTER = {
     Refused: FAILED,
     LockedOut: NOT_SENT,
@@ -490,12 +491,12 @@ def submit_all(
     on_record: OnRecord = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent, in batches. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent. If stop is set, the rest stays Not sent.
 
-    A batch is one request for each worker thread, all at the same time. What was not accepted
-    is sent again in the next round. on_record gets each record after its submission, in the
-    caller's thread. Raises LockedOut; NotAccepted or Uncertain, if five in a row were in
-    vain; sqlite3.Error. Calls under way end first.
+    A batch is as many requests as there are worker threads. They are sent at the same time,
+    and when all have ended comes the next batch. What was not accepted is sent again in the
+    next round. on_record gets each record after its submission, in the caller's thread.
+    Raises LockedOut at once; NotAccepted or Uncertain after MAX_IN_VAIN; sqlite3.Error.
     """
     stop = stop or Event()
     in_vain = 0
@@ -520,14 +521,15 @@ def submit_all(
             if in_vain >= MAX_IN_VAIN:
                 kind = NotAccepted if NOT_SENT in states else Uncertain
                 raise kind(batch[-1].error)
+            # If no more are left of this round, the next one has what was not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
 
 def claim(results: Results, records: Records) -> Records:
-    """Save as Unknown those that are Not sent, and return them: they can be submitted now.
+    """Save those that are Not sent as Unknown, and return them, to be submitted.
 
-    If the program is killed from here on, they must not be sent again. What is not returned
-    was taken by another thread.
+    If the program is killed from here on, they must not be sent again. Another thread may
+    have claimed some of the records before.
     """
     with results.lock:
         claimed = [record for record in records if record.outcome == NOT_SENT]
