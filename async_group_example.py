@@ -11,16 +11,16 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: the next round sends it again
+                   +-> Not sent    certainly not accepted: sent again later in the run
                    +-> Failed      refused
 
-It is saved as Unknown just before it is sent, and stays Unknown if no answer comes: it may be
-paid for, and is never sent again by itself.
+It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
+may be paid for, and is never sent again by itself.
 
 The parts of this file:
 
     Configuration   what you edit: constants, questions, and the request for a question
-    The API         four exceptions, and Client, with a method for each endpoint
+    The API         ApiError and its four kinds, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file of them
     The work        submit_all and poll_all, a group at a time
     The screen      everything that prints
@@ -55,7 +55,7 @@ from threading import Event, RLock
 from time import monotonic
 from typing import Any
 
-from requests import PreparedRequest, Response, Session
+from requests import Response, Session
 from urllib3 import Retry
 
 Json = dict[str, Any]
@@ -108,7 +108,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
+MAX_PAUSE_SECONDS = 120  # if the API asks for more, pause_seconds() raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
 QUEUED = "Queued"
@@ -119,7 +119,7 @@ FINAL = (SUCCESS, FAILED)
 
 
 def find(value: Any, kind: type, *path: str | int) -> Any:
-    """Return what is in JSON at a path of keys and indexes, or None if it is of another kind."""
+    """Return what is at a path of keys and indexes; None if it is missing or of another type."""
     try:
         for step in path:
             value = value[step]
@@ -142,13 +142,16 @@ class Refused(ApiError):
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    It says 401, or asks for a pause of more than two minutes. A submission is locked out by
-    402 and 403, too; a poll is only Refused by these.
+    A call raises it for 401, a submission also for 402 and 403; a poll is only Refused by
+    these. pause_seconds() raises it if the API has asked for more than two minutes.
     """
 
 
 class NotAccepted(ApiError):
-    """Certainly not accepted, so it is safe to send again: no connection was made, or 429."""
+    """Certainly not accepted, so it is safe to send again.
+
+    No connection was made, and so no request was sent; or 429.
+    """
 
 
 class Uncertain(ApiError):
@@ -181,7 +184,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # one that is given twice would merge two requests
+        self.given_ids: set[str] = set()  # to notice an id that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
@@ -222,8 +225,7 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads a file only after connecting. As long as it is at position 0,
-            # nothing of it was sent.
+            # requests reads a file only after connecting: at position 0, nothing was sent.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -234,7 +236,11 @@ class Client:
                 method,
                 f"{self.base_url}{path}",
                 data=upload,
-                auth=self.add_headers,  # a plain header would lose to an entry in .netrc
+                headers={
+                    "Authorization": f"Bearer {self.api_key}",
+                    "Content-Type": "application/json",
+                },
+                auth=lambda prepared: prepared,  # else a .netrc file would replace the key
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 proxies={"http": ""},  # plain http never leaves this machine
@@ -244,7 +250,7 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:
+            if upload and upload.tell() == 0:  # never read, and so never sent
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
@@ -252,17 +258,12 @@ class Client:
             self.idle_sessions.append(session)
         return self.read_answer(method, response)
 
-    def add_headers(self, request: PreparedRequest) -> PreparedRequest:
-        """Add the key and the type of the content to a request."""
-        request.headers["Authorization"] = f"Bearer {self.api_key}"
-        request.headers["Content-Type"] = "application/json"
-        return request
-
     def read_answer(self, method: str, response: Response) -> Json:
         """Return the JSON object in an answer, or raise what its status means."""
         status = response.status_code
         answer = None
         with suppress(ValueError, RecursionError):
+            # Written anew before the key is taken out, as it could be escaped
             text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks: "NaN"
         if 200 <= status < 300 and isinstance(answer, dict):
@@ -289,7 +290,7 @@ class Client:
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Set how long no call is wanted. It blocks nothing: ask pause_seconds before a call."""
+        """Note that no call is wanted for so many seconds: pause_seconds() tells the rest."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
@@ -354,7 +355,8 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            self.response = response or self.response  # the old answer, if it was asked again
+            # One that was asked again, and failed, keeps the answer that it had.
+            self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
@@ -364,8 +366,8 @@ class Record:
 
 def parse_time(text: object) -> datetime:
     """Read a time of the API's, such as 2026-01-31T12:00:00.000Z."""
-    microseconds = re.sub(r"(\.\d{6})\d+", r"\1", str(text))
-    return datetime.strptime(microseconds, "%Y-%m-%dT%H:%M:%S.%f%z")
+    shortened = re.sub(r"(\.\d{6})\d+", r"\1", str(text))  # strptime takes six digits
+    return datetime.strptime(shortened, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
 Records = list[Record]
@@ -481,8 +483,8 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-# In a row, with nothing that was accepted or refused between: groups that were not accepted,
-# and requests that are Unknown
+# When submit_all gives up. A group in which nothing is accepted or refused adds the number of
+# its Unknown requests, at least 1. Any other group sets the count back to 0.
 MAX_IN_VAIN = 5
 STATE_AFTER = {
     Refused: FAILED,
@@ -499,11 +501,11 @@ def submit_all(
     on_group: OnGroup = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent, until none is left. If stop is set, the rest stays so.
 
-    A group is up to 50 requests, which are sent in one call. What was not accepted is sent
-    again in the next round. on_group gets the records of each group after its submission.
-    Raises LockedOut at once; NotAccepted or Uncertain after MAX_IN_VAIN; sqlite3.Error.
+    A group is up to 50 requests, sent in one call. on_group gets the records of each group
+    after its submission, unless an exception ends this. Raises LockedOut; NotAccepted or
+    Uncertain (see MAX_IN_VAIN); sqlite3.Error.
     """
     stop = stop or Event()
     in_vain = 0
@@ -511,7 +513,8 @@ def submit_all(
     while unsent:
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         client.pause(random.uniform(0, 2**in_vain - 1))
-        if is_stopped_after_pause(client, stop):
+        wait_for_pause(client, stop)
+        if stop.is_set():
             return
         group = claim(results, unsent[:MAX_GROUP_SIZE])
         if group:
@@ -521,12 +524,12 @@ def submit_all(
         states = Counter(record.state for record in group)
         if states.keys() - {NOT_SENT, UNKNOWN}:
             in_vain = 0
-        elif states:
+        elif states:  # none, if another thread has claimed them all
             in_vain += max(1, states[UNKNOWN])
         if in_vain >= MAX_IN_VAIN:
-            kind = NotAccepted if NOT_SENT in states else Uncertain
+            kind = NotAccepted if group[-1].state == NOT_SENT else Uncertain
             raise kind(group[-1].error)
-        # If no more are left of this round, the next one has what was not accepted.
+        # After the last group, once more from the start: what was not accepted
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
 
 
@@ -538,7 +541,7 @@ def claim(results: Results, records: Records) -> Records:
     """
     with results.lock:
         claimed = [record for record in records if record.outcome == NOT_SENT]
-        reason = "the program ended while it was being submitted"
+        reason = "perhaps sent: the program ended before it could save the answer"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
 
@@ -547,6 +550,7 @@ def submit(client: Client, results: Results, group: Records) -> None:
     """Submit a group, and save what has come of it."""
     try:
         group_id = client.submit_group([record.request for record in group])
+        # In memory before it is saved: if that fails, the id is not lost.
         for record in group:
             record.group_id = group_id
         results.save(group, state=QUEUED, error=None)
@@ -564,11 +568,12 @@ def poll_all(
     interval_seconds: float = POLL_INTERVAL_SECONDS,
     max_attempts: int = MAX_POLL_ATTEMPTS,
 ) -> None:
-    """Poll all that is Pending, in rounds, until it is final or max_attempts rounds are over.
+    """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    on_group gets what was Pending in a group after each poll, final or not. A poll that fails
-    leaves its reason in record.error, and is made again in the next round. If stop is set,
-    the rest stays Pending. Raises LockedOut, or sqlite3.Error.
+    A round polls each group once, and begins interval_seconds after the one before, or when
+    that has ended. A poll that fails leaves its reason in record.error, and is made again in
+    the next round. on_group gets what was Pending in a group after each poll, final or not.
+    If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -578,7 +583,8 @@ def poll_all(
             return
         next_round_at = monotonic() + interval_seconds
         for group_id in dict.fromkeys(record.group_id for record in pending):
-            if is_stopped_after_pause(client, stop):
+            wait_for_pause(client, stop)
+            if stop.is_set():
                 return
             group = [record for record in pending if record.group_id == group_id]
             poll(client, results, group)
@@ -615,22 +621,22 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
     key = custom_id or generation_id
     for record in group:
         if key and key in (record.custom_id, record.generation_id):
-            record.generation_id = record.generation_id or generation_id
+            if not record.generation_id:
+                record.generation_id = generation_id
             return record
-    is_known = custom_id in results.records or generation_id in results.records
-    is_final = generation["state"] in FINAL
-    if is_known or not is_final or not re.fullmatch(ID_PATTERN, generation_id or ""):
+    if custom_id in results.records or generation_id in results.records:
+        return None
+    if generation["state"] not in FINAL or not re.fullmatch(ID_PATTERN, generation_id or ""):
         return None
     record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
     group.append(record)
     return record
 
 
-def is_stopped_after_pause(client: Client, stop: Event) -> bool:
-    """Wait as long as the API asks, or until stop is set; return whether it is set."""
-    while client.pause_seconds() and not stop.is_set():
-        stop.wait(client.pause_seconds())  # asked again, as it may have become longer
-    return stop.is_set()
+def wait_for_pause(client: Client, stop: Event) -> None:
+    """Wait until the client's pause is over, or stop is set; LockedOut if it is too long."""
+    while not stop.is_set() and client.pause_seconds():
+        stop.wait(client.pause_seconds())  # in a loop, as another thread may make it longer
 
 
 # --- The screen: everything that prints
@@ -724,9 +730,9 @@ class Screen:
         text = f"{bar(done, self.to_poll, 30)} {done}/{self.to_poll} ({percent}%)"
         if done < self.to_poll:
             text += f" (⏳ {states[IN_PROGRESS]} running, {states[QUEUED]} queued)"
-        errors = [record.error for record in group if record.outcome == PENDING]
-        if any(errors):
-            text += f" {shorten(str(errors[0]), 76)}"
+        error = group[0].error
+        if group[0].outcome == PENDING and error:
+            text += f" {shorten(error, 76)}"
         print(f"  [{self.polls:>3}] {text}")
 
 

@@ -11,16 +11,16 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: the next round sends it again
+                   +-> Not sent    certainly not accepted: sent again later in the run
                    +-> Failed      refused
 
-It is saved as Unknown just before it is sent, and stays Unknown if no answer comes: it may be
-paid for, and is never sent again by itself.
+It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
+may be paid for, and is never sent again by itself.
 
 The parts of this file:
 
     Configuration   what you edit: constants, questions, and the request for a question
-    The API         four exceptions, and Client, with a method for each endpoint
+    The API         ApiError and its four kinds, and Client, with a method for each endpoint
     The records     Record, a request and what has come of it; Results, the file of them
     The work        submit_all and poll_all, which use worker threads
     The screen      everything that prints
@@ -55,7 +55,7 @@ from threading import Event, RLock
 from time import monotonic
 from typing import Any
 
-from requests import PreparedRequest, Response, Session
+from requests import Response, Session
 from urllib3 import Retry
 
 Json = dict[str, Any]
@@ -109,7 +109,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # a longer pause raises LockedOut
+MAX_PAUSE_SECONDS = 120  # if the API asks for more, pause_seconds() raises LockedOut
 
 # The states of a generation. The last two are final, and no other is.
 QUEUED = "Queued"
@@ -120,7 +120,7 @@ FINAL = (SUCCESS, FAILED)
 
 
 def find(value: Any, kind: type, *path: str | int) -> Any:
-    """Return what is in JSON at a path of keys and indexes, or None if it is of another kind."""
+    """Return what is at a path of keys and indexes; None if it is missing or of another type."""
     try:
         for step in path:
             value = value[step]
@@ -143,13 +143,16 @@ class Refused(ApiError):
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    It says 401, or asks for a pause of more than two minutes. A submission is locked out by
-    402 and 403, too; a poll is only Refused by these.
+    A call raises it for 401, a submission also for 402 and 403; a poll is only Refused by
+    these. pause_seconds() raises it if the API has asked for more than two minutes.
     """
 
 
 class NotAccepted(ApiError):
-    """Certainly not accepted, so it is safe to send again: no connection was made, or 429."""
+    """Certainly not accepted, so it is safe to send again.
+
+    No connection was made, and so no request was sent; or 429.
+    """
 
 
 class Uncertain(ApiError):
@@ -182,7 +185,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # one that is given twice would merge two requests
+        self.given_ids: set[str] = set()  # to notice an id that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError(
@@ -216,8 +219,7 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads a file only after connecting. As long as it is at position 0,
-            # nothing of it was sent.
+            # requests reads a file only after connecting: at position 0, nothing was sent.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -228,7 +230,11 @@ class Client:
                 method,
                 f"{self.base_url}{path}",
                 data=upload,
-                auth=self.add_headers,  # a plain header would lose to an entry in .netrc
+                headers={
+                    "Authorization": f"Bearer {self.api_key}",
+                    "Content-Type": "application/json",
+                },
+                auth=lambda prepared: prepared,  # else a .netrc file would replace the key
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
                 proxies={"http": ""},  # plain http never leaves this machine
@@ -238,7 +244,7 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:
+            if upload and upload.tell() == 0:  # never read, and so never sent
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
@@ -246,17 +252,12 @@ class Client:
             self.idle_sessions.append(session)
         return self.read_answer(method, response)
 
-    def add_headers(self, request: PreparedRequest) -> PreparedRequest:
-        """Add the key and the type of the content to a request."""
-        request.headers["Authorization"] = f"Bearer {self.api_key}"
-        request.headers["Content-Type"] = "application/json"
-        return request
-
     def read_answer(self, method: str, response: Response) -> Json:
         """Return the JSON object in an answer, or raise what its status means."""
         status = response.status_code
         answer = None
         with suppress(ValueError, RecursionError):
+            # Written anew before the key is taken out, as it could be escaped
             text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks: "NaN"
         if 200 <= status < 300 and isinstance(answer, dict):
@@ -283,7 +284,7 @@ class Client:
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
     def pause(self, seconds: float) -> None:
-        """Set how long no call is wanted. It blocks nothing: ask pause_seconds before a call."""
+        """Note that no call is wanted for so many seconds: pause_seconds() tells the rest."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
@@ -347,7 +348,8 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            self.response = response or self.response  # the old answer, if it was asked again
+            # One that was asked again, and failed, keeps the answer that it had.
+            self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
@@ -357,8 +359,8 @@ class Record:
 
 def parse_time(text: object) -> datetime:
     """Read a time of the API's, such as 2026-01-31T12:00:00.000Z."""
-    microseconds = re.sub(r"(\.\d{6})\d+", r"\1", str(text))
-    return datetime.strptime(microseconds, "%Y-%m-%dT%H:%M:%S.%f%z")
+    shortened = re.sub(r"(\.\d{6})\d+", r"\1", str(text))  # strptime takes six digits
+    return datetime.strptime(shortened, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
 Records = list[Record]
@@ -473,8 +475,8 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-# In a row, with nothing that was accepted or refused between: batches that were not accepted,
-# and requests that are Unknown
+# When submit_all gives up. A batch in which nothing is accepted or refused adds the number of
+# its Unknown requests, at least 1. Any other batch sets the count back to 0.
 MAX_IN_VAIN = 5
 STATE_AFTER = {
     Refused: FAILED,
@@ -491,12 +493,12 @@ def submit_all(
     on_record: OnRecord = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent, until none is left. If stop is set, the rest stays so.
 
-    A batch is as many requests as there are worker threads. They are sent at the same time,
-    and when all have ended comes the next batch. What was not accepted is sent again in the
-    next round. on_record gets each record after its submission, in the caller's thread.
-    Raises LockedOut at once; NotAccepted or Uncertain after MAX_IN_VAIN; sqlite3.Error.
+    A batch is as many requests as there are worker threads, sent at the same time; the next
+    batch follows when all have ended. on_record gets each record after its submission, in the
+    caller's thread; if an exception ends this, not all of the last batch. Raises LockedOut;
+    NotAccepted or Uncertain (see MAX_IN_VAIN); sqlite3.Error.
     """
     stop = stop or Event()
     in_vain = 0
@@ -505,7 +507,8 @@ def submit_all(
         while unsent:
             # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
             client.pause(random.uniform(0, 2**in_vain - 1))
-            if is_stopped_after_pause(client, stop):
+            wait_for_pause(client, stop)
+            if stop.is_set():
                 return
             batch = claim(results, unsent[:MAX_CONCURRENT_POLLS])
             futures = [pool.submit(submit, client, results, record) for record in batch]
@@ -516,12 +519,12 @@ def submit_all(
             states = Counter(record.state for record in batch)
             if states.keys() - {NOT_SENT, UNKNOWN}:
                 in_vain = 0
-            elif states:
+            elif states:  # none, if another thread has claimed them all
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = NotAccepted if NOT_SENT in states else Uncertain
+                kind = NotAccepted if batch[-1].state == NOT_SENT else Uncertain
                 raise kind(batch[-1].error)
-            # If no more are left of this round, the next one has what was not accepted.
+            # After the last batch, once more from the start: what was not accepted
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
 
@@ -533,7 +536,7 @@ def claim(results: Results, records: Records) -> Records:
     """
     with results.lock:
         claimed = [record for record in records if record.outcome == NOT_SENT]
-        reason = "the program ended while it was being submitted"
+        reason = "perhaps sent: the program ended before it could save the answer"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
 
@@ -541,6 +544,7 @@ def claim(results: Results, records: Records) -> Records:
 def submit(client: Client, results: Results, record: Record) -> Record:
     """Submit one request, and save what has come of it."""
     try:
+        # In memory before it is saved: if that fails, the id is not lost.
         record.generation_id = client.submit_generation(record.request)
         results.save([record], state=QUEUED, error=None)
     except ApiError as error:
@@ -558,11 +562,12 @@ def poll_all(
     interval_seconds: float = POLL_INTERVAL_SECONDS,
     max_attempts: int = MAX_POLL_ATTEMPTS,
 ) -> None:
-    """Poll all that is Pending, in rounds, until it is final or max_attempts rounds are over.
+    """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    on_record gets each record after each poll, final or not, in the caller's thread. A poll
-    that fails leaves its reason in record.error, and is made again in the next round. If stop
-    is set, the rest stays Pending. Raises LockedOut, or sqlite3.Error.
+    A round polls each generation once, and begins interval_seconds after the one before, or
+    when that has ended. A poll that fails leaves its reason in record.error, and is made again
+    in the next round. on_record gets each record after each poll, final or not, in the
+    caller's thread. If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -573,7 +578,8 @@ def poll_all(
                 return
             next_round_at = monotonic() + interval_seconds
             while pending:
-                if is_stopped_after_pause(client, stop):
+                wait_for_pause(client, stop)
+                if stop.is_set():
                     return
                 batch = pending[:MAX_CONCURRENT_POLLS]
                 pending = pending[MAX_CONCURRENT_POLLS:]
@@ -596,16 +602,15 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         raise
     except ApiError as error:
         record.error = str(error)
-    if record.outcome != PENDING:
+    if record.state in FINAL:
         results.save([record])
     return record
 
 
-def is_stopped_after_pause(client: Client, stop: Event) -> bool:
-    """Wait as long as the API asks, or until stop is set; return whether it is set."""
-    while client.pause_seconds() and not stop.is_set():
-        stop.wait(client.pause_seconds())  # asked again, as it may have become longer
-    return stop.is_set()
+def wait_for_pause(client: Client, stop: Event) -> None:
+    """Wait until the client's pause is over, or stop is set; LockedOut if it is too long."""
+    while not stop.is_set() and client.pause_seconds():
+        stop.wait(client.pause_seconds())  # in a loop, as another thread may make it longer
 
 
 # --- The screen: everything that prints

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from sqlite3 import Error
 from time import sleep
@@ -335,3 +336,13 @@ def test_five_in_a_row_that_are_uncertain_are_enough(api: LocalApi) -> None:
     with pytest.raises(parts.Uncertain):
         parts.submit_all(parts.Client(), results)
     assert outcomes(results) == {"Unknown": 5, "Not sent": 55}
+
+
+def test_uncertain_ones_that_are_not_in_a_row_end_nothing(parts: Any, api: LocalApi) -> None:
+    parts.MAX_GROUP_SIZE = parts.MAX_CONCURRENT_POLLS = 1
+    parts.random = SimpleNamespace(uniform=lambda low, high: low)
+    results = results_of(parts, *["Why?"] * 12)
+    faults = cycle([status(500), None])
+    api.choose_fault = lambda *_: next(faults)
+    parts.submit_all(parts.Client(), results)
+    assert outcomes(results) == {"Unknown": 6, "Pending": 6}
