@@ -255,15 +255,14 @@ class Client:
     def read_answer(self, method: str, response: Response) -> Json:
         """Return the JSON object in an answer, or raise what its status means."""
         status = response.status_code
+        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         answer = None
         with suppress(ValueError, RecursionError):
-            # Written anew before the key is taken out, as it could be escaped
-            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks: "NaN"
         if 200 <= status < 300 and isinstance(answer, dict):
             return answer
         message = find(answer, str, "error", "message")
-        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
+        reason = f"HTTP {status}: {message or text}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(Exception):  # what can't be read is ignored
@@ -403,9 +402,8 @@ class Results:
         self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
         self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        query = f"SELECT count(*) FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
-        [other_tables] = self.connection.execute(query).fetchone()
-        if other_tables:
+        query = f"SELECT 1 FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
+        if self.connection.execute(query).fetchone():
             raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
         self.connection.executescript(f"""
