@@ -1031,4 +1031,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # not sys.exit: a poll that stalls must not hold up the exit
+    os._exit(main())  # not sys.exit, which would write to stdout again: it may be closed
