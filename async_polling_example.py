@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["requests"]
 # ///
-"""Send questions to inference.net's Asynchronous API, each by itself, and poll for the answers.
+"""Send questions to inference.net's Asynchronous API, one by one, and poll for the answers.
 
     uv run async_polling_example.py                  submit all questions, and poll
     uv run async_polling_example.py --resume FILE    go on with an earlier run
@@ -15,7 +15,7 @@ The life of a request, in the words of Record.state:
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is never sent again by itself.
+may be paid for, and is not sent again unless you ask for it.
 
 The parts of this file:
 
@@ -68,7 +68,7 @@ MAX_TOKENS = 100  # the length of an answer, about 75 words; a longer one is cut
 POLL_INTERVAL_SECONDS = 1  # from the start of a round of polls to the next
 MAX_POLL_ATTEMPTS = 120  # rounds of polls in a run; for hours, raise this and the interval
 MAX_CONCURRENT_POLLS = 5  # worker threads, for submissions too; more are faster
-REQUEST_TIMEOUT_SECONDS = 30  # to connect, and again for the answer
+REQUEST_TIMEOUT_SECONDS = 30  # to connect, and then for each wait for data
 RESULTS_DIR = "results"  # the folder for the results files; created if missing
 
 SAMPLE_QUESTIONS = [
@@ -111,7 +111,7 @@ BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][
 ID_PATTERN = "[A-Za-z0-9_-]+"
 MAX_PAUSE_SECONDS = 120  # if the API asks for more, pause_seconds() raises LockedOut
 
-# The states of a generation. The last two are final, and no other is.
+# The states of a generation. Only the last two are final.
 QUEUED = "Queued"
 IN_PROGRESS = "In Progress"
 SUCCESS = "Success"
@@ -144,22 +144,22 @@ class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
     A call raises it for 401, a submission also for 402 and 403; a poll is only Refused by
-    these. pause_seconds() raises it if the API has asked for more than two minutes.
+    these. pause_seconds() raises it while more than two minutes of a pause remain.
     """
 
 
 class NotAccepted(ApiError):
     """Certainly not accepted, so it is safe to send again.
 
-    No connection was made, and so no request was sent; or 429.
+    No connection was made, or it broke before the body was sent; or 429.
     """
 
 
 class Uncertain(ApiError):
     """Perhaps accepted, and paid for: to send it again may be to pay twice.
 
-    A timeout or a broken connection after sending, 408, 5xx, or an answer that is no JSON
-    object or lacks what the endpoint promises. Every network error of a poll is one of these.
+    It was sent, and then came no answer, or 1xx, 408 or 5xx, or an answer of 2xx without what
+    the endpoint promises. Every network error of a poll is one of these.
     """
 
 
@@ -175,7 +175,7 @@ class Client:
         self,
         api_key: str | None = None,
         base_url: str | None = None,
-        timeout_seconds: float = 30,
+        timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
         if api_key is None:
             api_key = os.environ.get("INFERENCE_API_KEY", "")
@@ -219,7 +219,7 @@ class Client:
         """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads a file only after connecting: at position 0, nothing was sent.
+            # requests reads a file only when the connection stands and the headers are sent.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -237,14 +237,14 @@ class Client:
                 auth=lambda prepared: prepared,  # else a .netrc file would replace the key
                 timeout=self.timeout_seconds,
                 allow_redirects=False,
-                proxies={"http": ""},  # plain http never leaves this machine
+                proxies={"http": ""},  # http:// is for this machine only, so for no proxy
             )
         except Exception as error:  # whatever it is, there is no answer
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:  # never read, and so never sent
+            if upload and upload.tell() == 0:  # no body was sent
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real answer may still come.
@@ -258,7 +258,7 @@ class Client:
         text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         answer = None
         with suppress(ValueError, RecursionError):
-            answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks: "NaN"
+            answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(answer, dict):
             return answer
         message = find(answer, str, "error", "message")
@@ -266,14 +266,14 @@ class Client:
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(Exception):  # what can't be read is ignored
-            self.pause(retry.get_retry_after(response.raw) or 0)
+            self.note_pause(retry.get_retry_after(response.raw) or 0)
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
             reason += " (check INFERENCE_API_KEY, and your credit)"
         elif status == 429:
             kind = NotAccepted
-            self.pause(1)  # at least
+            self.note_pause(1)  # at least, whatever Retry-After says
         elif 300 <= status < 500 and status != 408:
             kind = Refused
         raise self.error(kind, reason)
@@ -282,12 +282,12 @@ class Client:
         """Make an error, without the key."""
         return kind(reason.replace(self.api_key, "[API key]")[:500])
 
-    def pause(self, seconds: float) -> None:
-        """Note that no call is wanted for so many seconds: pause_seconds() tells the rest."""
+    def note_pause(self, seconds: float) -> None:
+        """Note that no call is wanted for so many seconds. It does not wait."""
         self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
-        """Return how long to wait before the next call; LockedOut: more than two minutes."""
+        """Return what remains of the pause. LockedOut: it is more than two minutes."""
         seconds = max(0.0, self.paused_until - monotonic())
         if seconds > MAX_PAUSE_SECONDS:
             raise LockedOut(f"the API asks to wait for {seconds:.0f} seconds")
@@ -299,7 +299,7 @@ class Client:
 # The states of a request before the API has one for its generation
 NOT_SENT = "Not sent"  # surely not accepted
 UNKNOWN = "Unknown"  # being sent, or perhaps accepted
-# An outcome, not a state: accepted, and not final yet
+# Not a state, but the outcome of a request that has an id and is not final
 PENDING = "Pending"
 
 
@@ -314,7 +314,7 @@ class Record:
     state: str = NOT_SENT
     response: Json | None = None  # the chat completion that the API returns, whole
     duration_ms: float | None = None
-    error: str | None = None  # of the last call
+    error: str | None = None  # what went wrong last
 
     @property
     def outcome(self) -> str:
@@ -347,7 +347,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # One that was asked again, and failed, keeps the answer that it had.
+            # What is asked again has its earlier answer until there is a new one.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -358,7 +358,7 @@ class Record:
 
 def parse_time(text: object) -> datetime:
     """Read a time of the API's, such as 2026-01-31T12:00:00.000Z."""
-    shortened = re.sub(r"(\.\d{6})\d+", r"\1", str(text))  # strptime takes six digits
+    shortened = re.sub(r"(\.\d{6})\d+", r"\1", str(text))  # %f takes six digits at most
     return datetime.strptime(shortened, "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
@@ -419,7 +419,7 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError or TypeError: two of them have one custom id, or one can't be sent.
+        ValueError: a custom id is there twice, or is no text. TypeError: it is not JSON.
         """
         given = {}
         for record in records:
@@ -430,9 +430,9 @@ class Results:
             self.save([given[key] for key in given if key not in self.records])
 
     def save(self, records: Iterable[Record], **changes: object) -> None:
-        """Save records with these changes, all or none. Each replaces the one of its custom id.
+        """Change these fields of the records and save them, all or none.
 
-        So to ask again, save a new record under the same custom id.
+        A record replaces the one that has its custom id: so save a new one to ask again.
         """
         records = list(records)
         with self.lock:
@@ -440,7 +440,7 @@ class Results:
                 for record in records:
                     text = json.dumps(vars(record) | changes)
                     self.connection.execute(UPSERT, [record.custom_id, text])
-            for record in records:
+            for record in records:  # in memory only once it is on file
                 vars(record).update(changes)
                 self.records[record.custom_id] = record
 
@@ -473,15 +473,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-# When submit_all gives up. A batch in which nothing is accepted or refused adds the number of
-# its Unknown requests, at least 1. Any other batch sets the count back to 0.
-MAX_IN_VAIN = 5
-STATE_AFTER = {
-    Refused: FAILED,
-    LockedOut: NOT_SENT,
-    NotAccepted: NOT_SENT,
-    Uncertain: UNKNOWN,
-}
+MAX_IN_VAIN = 5  # in a row: see submit_all
 OnRecord = Callable[[Record], object] | None
 
 
@@ -491,12 +483,13 @@ def submit_all(
     on_record: OnRecord = None,
     stop: Event | None = None,
 ) -> None:
-    """Submit all that is Not sent, until none is left. If stop is set, the rest stays so.
+    """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
     A batch is as many requests as there are worker threads, sent at the same time; the next
     batch follows when all have ended. on_record gets each record after its submission, in the
-    caller's thread; if an exception ends this, not all of the last batch. Raises LockedOut;
-    NotAccepted or Uncertain (see MAX_IN_VAIN); sqlite3.Error.
+    caller's thread (after an exception, not all of the last batch). Raises LockedOut;
+    sqlite3.Error; NotAccepted or Uncertain, when five were in vain: a batch in which nothing
+    is accepted or refused counts as one, or as many as are Unknown; any other starts anew.
     """
     stop = stop or Event()
     in_vain = 0
@@ -504,7 +497,7 @@ def submit_all(
     with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
         while unsent:
             # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
-            client.pause(random.uniform(0, 2**in_vain - 1))
+            stop.wait(random.uniform(0, 2**in_vain - 1))
             wait_for_pause(client, stop)
             if stop.is_set():
                 return
@@ -520,9 +513,9 @@ def submit_all(
             elif states:  # none, if another thread has claimed them all
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = NotAccepted if batch[-1].state == NOT_SENT else Uncertain
+                kind = Uncertain if UNKNOWN in states else NotAccepted
                 raise kind(batch[-1].error)
-            # After the last batch, once more from the start: what was not accepted
+            # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
 
@@ -534,15 +527,23 @@ def claim(results: Results, records: Records) -> Records:
     """
     with results.lock:
         claimed = [record for record in records if record.outcome == NOT_SENT]
-        reason = "perhaps sent: the program ended before it could save the answer"
+        reason = "perhaps sent: what came of it was not saved"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
+
+
+STATE_AFTER = {
+    Refused: FAILED,
+    LockedOut: NOT_SENT,
+    NotAccepted: NOT_SENT,
+    Uncertain: UNKNOWN,
+}
 
 
 def submit(client: Client, results: Results, record: Record) -> Record:
     """Submit one request, and save what has come of it."""
     try:
-        # In memory before it is saved: if that fails, the id is not lost.
+        # Set before it is saved: if that fails, the id can still be shown.
         record.generation_id = client.submit_generation(record.request)
         results.save([record], state=QUEUED, error=None)
     except ApiError as error:
@@ -589,17 +590,17 @@ def poll_all(
 
 
 def poll(client: Client, results: Results, record: Record) -> Record:
-    """Poll one generation, and save it if it is final."""
+    """Poll one generation, and save it if it is final. Else it changes in memory only."""
     try:
         generation = client.fetch_generation(str(record.generation_id))
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
         record.update(generation)
-    except LockedOut:
-        raise
     except ApiError as error:
         record.error = str(error)
+        if isinstance(error, LockedOut):
+            raise
     if record.state in FINAL:
         results.save([record])
     return record
@@ -997,7 +998,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         check_configuration()
-        client = Client(timeout_seconds=REQUEST_TIMEOUT_SECONDS)
+        client = Client()
         results = new_results() if options.resume is None else open_results(options.resume)
         if options.retry:
             renew(results, options.retry)

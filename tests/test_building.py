@@ -112,7 +112,7 @@ def test_requests_that_come_one_by_one(parts: Any, api: LocalApi) -> None:
 
 def test_two_accounts_have_a_key_and_a_pause_each(parts: Any, api: LocalApi) -> None:
     client = parts.Client()
-    client.pause(60)  # as a Retry-After makes it
+    client.note_pause(60)  # as a Retry-After makes it
     with LocalApi() as other:
         other_client = parts.Client("key-of-two", other.url)
         with pytest.raises(parts.LockedOut, match="this key is not valid"):
