@@ -157,7 +157,7 @@ class NotAccepted(ApiError):
 class Uncertain(ApiError):
     """Perhaps accepted, and paid for: to send it again may be to pay twice.
 
-    It was sent, and then came no answer, or 1xx, 408 or 5xx, or an answer of 2xx without what
+    It was sent, and then came no reply, or 1xx, 408 or 5xx, or a reply of 2xx without what
     the endpoint promises. Every network error of a poll is one of these.
     """
 
@@ -200,11 +200,11 @@ class Client:
     def submit_group(self, requests: list[Json]) -> str:
         """POST /v1/async/group/chat/completions: submit up to 50 requests, return the group id."""
         body = {"requests": requests}
-        answer = self.call("POST", "/async/group/chat/completions", body)
-        size = find(answer, int, "groupSize")
+        reply = self.call("POST", "/async/group/chat/completions", body)
+        size = find(reply, int, "groupSize")
         if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
-        group_id: str = find(answer, str, "groupId") or ""
+        group_id: str = find(reply, str, "groupId") or ""
         if group_id in self.given_ids or not re.fullmatch(ID_PATTERN, group_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {group_id!r}")
         self.given_ids.add(group_id)
@@ -215,14 +215,14 @@ class Client:
 
         A generation may be missing until it is done. A new group may be Refused with 404.
         """
-        answer = self.call("GET", f"/async/group/{group_id}/generations")
-        generations = find(answer, list, "generations")
+        reply = self.call("GET", f"/async/group/{group_id}/generations")
+        generations = find(reply, list, "generations")
         if generations is None:
-            raise Uncertain("the answer has no list of generations")
+            raise Uncertain("the reply has no list of generations")
         return [each for each in generations if find(each, str, "state")]
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
+        """Make one HTTP request and return the JSON object in the reply, or raise ApiError."""
         upload = None
         if body is not None:
             # requests reads a file only when the connection stands and the headers are sent.
@@ -245,7 +245,7 @@ class Client:
                 allow_redirects=False,
                 proxies={"http": ""},  # http:// is for this machine only, so for no proxy
             )
-        except Exception as error:  # whatever it is, there is no answer
+        except Exception as error:  # whatever it is, there is no reply
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
@@ -253,21 +253,21 @@ class Client:
             if upload and upload.tell() == 0:  # no body was sent
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
-        # A connection is not used again after a 1xx status: the real answer may still come.
+        # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
-        return self.read_answer(method, response)
+        return self.read_reply(method, response)
 
-    def read_answer(self, method: str, response: Response) -> Json:
-        """Return the JSON object in an answer, or raise what its status means."""
+    def read_reply(self, method: str, response: Response) -> Json:
+        """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
         text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
-        answer = None
+        reply = None
         with suppress(ValueError, RecursionError):
-            answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
-        if 200 <= status < 300 and isinstance(answer, dict):
-            return answer
-        message = find(answer, str, "error", "message")
+            reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
+        if 200 <= status < 300 and isinstance(reply, dict):
+            return reply
+        message = find(reply, str, "error", "message")
         reason = f"HTTP {status}: {message or text}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours

@@ -158,7 +158,7 @@ class NotAccepted(ApiError):
 class Uncertain(ApiError):
     """Perhaps accepted, and paid for: to send it again may be to pay twice.
 
-    It was sent, and then came no answer, or 1xx, 408 or 5xx, or an answer of 2xx without what
+    It was sent, and then came no reply, or 1xx, 408 or 5xx, or a reply of 2xx without what
     the endpoint promises. Every network error of a poll is one of these.
     """
 
@@ -200,8 +200,8 @@ class Client:
 
     def submit_generation(self, request: Json) -> str:
         """POST /v1/async/chat/completions: submit a request, return its generation id."""
-        answer = self.call("POST", "/async/chat/completions", request)
-        generation_id: str = find(answer, str, "id") or ""
+        reply = self.call("POST", "/async/chat/completions", request)
+        generation_id: str = find(reply, str, "id") or ""
         if generation_id in self.given_ids or not re.fullmatch(ID_PATTERN, generation_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {generation_id!r}")
         self.given_ids.add(generation_id)
@@ -212,11 +212,11 @@ class Client:
         generation = self.call("GET", f"/generation/{generation_id}")
         is_another = generation.get("id") not in (None, generation_id)
         if is_another or not find(generation, str, "state"):
-            raise Uncertain("the answer is not this generation, or has no state")
+            raise Uncertain("the reply is not this generation, or has no state")
         return generation
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """Make one HTTP request and return the JSON object in its answer, or raise ApiError."""
+        """Make one HTTP request and return the JSON object in the reply, or raise ApiError."""
         upload = None
         if body is not None:
             # requests reads a file only when the connection stands and the headers are sent.
@@ -239,7 +239,7 @@ class Client:
                 allow_redirects=False,
                 proxies={"http": ""},  # http:// is for this machine only, so for no proxy
             )
-        except Exception as error:  # whatever it is, there is no answer
+        except Exception as error:  # whatever it is, there is no reply
             cause: BaseException = error
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
@@ -247,21 +247,21 @@ class Client:
             if upload and upload.tell() == 0:  # no body was sent
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
-        # A connection is not used again after a 1xx status: the real answer may still come.
+        # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
-        return self.read_answer(method, response)
+        return self.read_reply(method, response)
 
-    def read_answer(self, method: str, response: Response) -> Json:
-        """Return the JSON object in an answer, or raise what its status means."""
+    def read_reply(self, method: str, response: Response) -> Json:
+        """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
         text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
-        answer = None
+        reply = None
         with suppress(ValueError, RecursionError):
-            answer = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
-        if 200 <= status < 300 and isinstance(answer, dict):
-            return answer
-        message = find(answer, str, "error", "message")
+            reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
+        if 200 <= status < 300 and isinstance(reply, dict):
+            return reply
+        message = find(reply, str, "error", "message")
         reason = f"HTTP {status}: {message or text}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours

@@ -133,11 +133,11 @@ POLLS |= {
     "403": (status(403, "not yours"), "Pending", "not yours"),
     "429": (status(429, "slow down"), "Pending", "slow down"),
     "429, Retry-After: 1": (status(429, "wait", Retry_After="1"), "Pending", "wait"),
-    "200 with {}": (body(b"{}"), "Pending", "the answer"),
-    "200 with nulls": (each_is(None), "Pending", "the answer"),
-    "200 with numbers": (each_is(7), "Pending", "the answer"),
-    "200 with objects": (each_is({}), "Pending", "the answer"),
-    "200 with the key": (each_is(API_KEY), "Pending", "the answer"),
+    "200 with {}": (body(b"{}"), "Pending", "the reply"),
+    "200 with nulls": (each_is(None), "Pending", "the reply"),
+    "200 with numbers": (each_is(7), "Pending", "the reply"),
+    "200 with objects": (each_is({}), "Pending", "the reply"),
+    "200 with the key": (each_is(API_KEY), "Pending", "the reply"),
 }
 
 
