@@ -186,7 +186,7 @@ class Client:
         self.idle_sessions: list[Session] = []  # each serves one call at a time
         self.given_ids: set[str] = set()  # to notice an id that comes twice
         self.paused_until = 0.0  # in monotonic() time
-        if not re.fullmatch("[!-~]+", self.api_key):
+        if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
                 "quotes (tests/local_api.py, which stands in for the API, needs none)"
@@ -398,8 +398,9 @@ UPSERT = f"""
 class Results:
     """The SQLite file that keeps the records. Threads can share it, processes can't.
 
-    records has them by custom id, in the order in which they were added. sqlite3.Error: the
-    file is in use, or can't be read or written.
+    records has them by custom id, in the order in which they were added; while another thread
+    adds some, read by with_outcome. sqlite3.Error: the file is in use, or can't be read or
+    written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -528,10 +529,11 @@ def claim(results: Results, records: Records) -> Records:
     """Save those that are Not sent as Unknown, and return them, to be submitted.
 
     If the program is killed from here on, they must not be sent again. Another thread may
-    have claimed some of the records before.
+    have claimed some of them, or saved a new record in the place of one.
     """
     with results.lock:
-        claimed = [record for record in records if record.outcome == NOT_SENT]
+        current = [results.records[record.custom_id] for record in records]
+        claimed = [record for record in current if record.outcome == NOT_SENT]
         reason = "perhaps sent: what came of it was not saved"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
@@ -853,8 +855,8 @@ def check_configuration() -> None:
         size = len(value) if isinstance(value, str) else value
         if not isinstance(value, expected) or not 0 < size <= 1_000_000:
             raise ValueError(
-                f"{name} must be a whole number from 1 to 1,000,000 (seconds: also a fraction; "
-                f"names: a text that is not empty), not {value!r}"
+                f"{name} = {value!r} can't be used: a number must be above 0, at most 1,000,000, "
+                "and whole unless it is seconds; a name must be a text in quotes"
             )
 
 
@@ -866,7 +868,7 @@ def new_results() -> Results:
         if not isinstance(questions, dict) or not questions:
             raise ValueError(
                 f'it must return texts by custom id, as in {{"my-1": "What is 2 + 2?"}}, not '
-                f"{questions!r:.60} (relative paths start from {Path.cwd()})"
+                f"{questions!r:.60} (is return missing? relative paths start from {Path.cwd()})"
             )
         step = "build_request"
         records = [

@@ -209,9 +209,7 @@ def test_polling_ends_without_a_last_wait(parts: Any, api: LocalApi) -> None:
 def test_four_threads_submit_the_same_results_once(parts: Any, api: LocalApi) -> None:
     parts.MAX_GROUP_SIZE = 5
     client, results = parts.Client(), results_of(parts, *["Why?"] * 40)
-    client.pause_seconds = lambda: sleep(
-        0.001
-    )  # between the choice of a request and its mark
+    client.pause_seconds = lambda: sleep(0.001)  # another thread goes on before the choice
     seen: list[str] = []
     note = callback(parts, lambda records: seen.extend(each.custom_id for each in records))
     with ThreadPoolExecutor(4) as pool:
@@ -278,6 +276,18 @@ def test_add_leaves_what_is_known_as_it_is(parts: Any, tmp_path: Path) -> None:
     kept = parts.Results(tmp_path / "my.db")
     assert vars(kept.records["q0"]) == before
     assert kept.records["q1"].question == "New?"
+
+
+def test_a_record_that_is_saved_anew_is_sent_in_its_new_form(
+    parts: Any, api: LocalApi
+) -> None:
+    parts.MAX_GROUP_SIZE = 5
+    results = results_of(parts, *["Why?"] * 10)
+    again = parts.new_record("q9", "What is 2 + 2?")
+    save = callback(parts, lambda _: results.save([again]))
+    parts.submit_all(parts.Client(), results, **save)
+    assert again.request in [each.request for each in api.generations.values()]
+    assert (len(api.generations), api.made_again()) == (10, 0)
 
 
 BAD: dict[str, Json] = {
