@@ -11,11 +11,12 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: sent again later in the run
+                   +-> Not sent    certainly not accepted: it is sent again, now or in another run
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). Between Unknown
+and its end, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -93,7 +94,7 @@ def load_questions() -> dict[str, str]:
 
 
 def build_request(custom_id: str, question: str) -> Json:
-    """Return the chat completion request for a question. Its answer repeats the metadata."""
+    """Return the chat completion request for a question. The API returns the metadata."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
@@ -108,7 +109,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # if the API asks for more, pause_seconds() raises LockedOut
+MAX_PAUSE_SECONDS = 120  # a longer Retry-After raises LockedOut
 
 # The states of a generation. Only the last two are final.
 QUEUED = "Queued"
@@ -129,37 +130,38 @@ def find(value: Any, kind: type, *path: str | int) -> Any:
 
 
 class ApiError(Exception):
-    """A call failed. The subclass says what that means for a submission.
+    """A call failed. The kind of error says what that means for a submission.
 
-    A poll costs nothing: it can be made again after any of them, except LockedOut.
+                                              submission     poll
+        no connection, or no body sent        NotAccepted    Uncertain
+        429                                   NotAccepted    NotAccepted
+        401                                   LockedOut      LockedOut
+        402, 403                              LockedOut      Refused
+        other 3xx and 4xx, but for 408        Refused        Refused
+        no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
+
+    A poll costs nothing: it can be made again after any of them, except LockedOut. A 2xx is
+    odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
 
 class Refused(ApiError):
-    """The API refuses this request, but may take others: any 3xx or 4xx not named below."""
+    """The API refuses this request, but may take others."""
 
 
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    A call raises it for 401, a submission also for 402 and 403; a poll is only Refused by
-    these. pause_seconds() raises it while more than two minutes of a pause remain.
+    pause_seconds() raises it, too, while more than two minutes of a pause remain.
     """
 
 
 class NotAccepted(ApiError):
-    """Certainly not accepted, so it is safe to send again.
-
-    No connection was made, or it broke before the body was sent; or 429.
-    """
+    """Certainly not accepted, so it is safe to send again."""
 
 
 class Uncertain(ApiError):
-    """Perhaps accepted, and paid for: to send it again may be to pay twice.
-
-    It was sent, and then came no reply, or 1xx, 408 or 5xx, or a reply of 2xx without what
-    the endpoint promises. Every network error of a poll is one of these.
-    """
+    """Perhaps accepted, and paid for: to send it again may be to pay twice."""
 
 
 class Client:
@@ -184,7 +186,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # to notice an id that comes twice
+        self.given_ids: set[str] = set()  # to notice one that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -225,7 +227,8 @@ class Client:
         """Make one HTTP request and return the JSON object in the reply, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads a file only when the connection stands and the headers are sent.
+            # A file, as requests reads it only once the connection stands: if it is still
+            # unread after an error, nothing was submitted.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -250,7 +253,7 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:  # no body was sent
+            if upload and upload.tell() == 0:
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real reply may still come.
@@ -347,14 +350,14 @@ class Record:
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # so it is polled again
+        if state == SUCCESS and not response:  # it stays as it is, and is polled again
             self.error = "the API says Success, but sends no response"
             return
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # What is asked again has its earlier answer until there is a new one.
+            # A request that was made anew (see renew) keeps its earlier answer.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -482,7 +485,7 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-MAX_IN_VAIN = 5  # in a row: see submit_all
+MAX_IN_VAIN = 5  # tries in a row, until submit_all gives up
 OnGroup = Callable[[Records], object] | None
 
 
@@ -495,9 +498,9 @@ def submit_all(
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
     A group is up to 50 requests, sent in one call. on_group gets the records of each group
-    after its submission (after an exception, not the last). Raises LockedOut; sqlite3.Error;
-    NotAccepted or Uncertain, when five were in vain: a group that is not accepted counts as
-    one, one that is Unknown as many as it has requests; any other starts anew.
+    after its submission (after an exception, not the last). Raises LockedOut or sqlite3.Error
+    at once, and NotAccepted or Uncertain after five tries in vain in a row: a group that is not
+    accepted counts as one, and one that is Unknown as many as it has requests.
     """
     stop = stop or Event()
     in_vain = 0
@@ -516,17 +519,17 @@ def submit_all(
         states = Counter(record.state for record in group)
         if states.keys() - {NOT_SENT, UNKNOWN}:
             in_vain = 0
-        elif states:  # none, if another thread has claimed them all
+        elif states:
             in_vain += max(1, states[UNKNOWN])
         if in_vain >= MAX_IN_VAIN:
-            kind = Uncertain if UNKNOWN in states else NotAccepted
+            kind = Uncertain if group[-1].state == UNKNOWN else NotAccepted
             raise kind(group[-1].error)
         # At the end of the list, start again with those that were not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
 
 
 def claim(results: Results, records: Records) -> Records:
-    """Save those that are Not sent as Unknown, and return them, to be submitted.
+    """Save as Unknown those that are Not sent still, and return them, to be submitted.
 
     If the program is killed from here on, they must not be sent again. Another thread may
     have claimed some of them, or saved a new record in the place of one.
@@ -551,7 +554,7 @@ def submit(client: Client, results: Results, group: Records) -> None:
     """Submit a group, and save what has come of it."""
     try:
         group_id = client.submit_group([record.request for record in group])
-        # Set before it is saved: if that fails, the id can still be shown.
+        # The id first: if it can't be saved, they are Unknown on file, but Pending here.
         for record in group:
             record.group_id = group_id
         results.save(group, state=QUEUED, error=None)
@@ -571,10 +574,10 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each group once, and begins interval_seconds after the one before, or when
-    that has ended. A poll that fails leaves its reason in record.error, and is made again in
-    the next round. on_group gets what was Pending in a group after each poll, final or not.
-    If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
+    A round polls each group once. It begins interval_seconds after the last one began, or when
+    that has ended, if this is later. A poll that fails leaves its reason in record.error, and
+    is made again in the next round. on_group gets what was Pending in a group after each poll,
+    final or not. If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -596,12 +599,14 @@ def poll_all(
 def poll(client: Client, results: Results, group: Records) -> None:
     """Poll a group, and save it. What answers none of its questions is added to it."""
     try:
-        for generation in client.fetch_group(str(group[0].group_id)):
-            record = match(generation, group, results)
-            if (
-                record and record.state != SUCCESS
-            ):  # of two copies, that with an answer counts
-                record.update(generation)
+        generations = client.fetch_group(str(group[0].group_id))
+        for record in group:
+            record.error = None  # of an earlier poll
+        for generation in generations:
+            found = match(generation, group, results)
+            if found and found.state != SUCCESS:  # of two copies, that with an answer counts
+                found.generation_id = find(generation, str, "id") or found.generation_id
+                found.update(generation)
     except ApiError as error:
         for record in group:
             record.error = str(error)
@@ -614,22 +619,21 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
     """Return the record that a generation belongs to, or None.
 
     Its custom id decides; where that is missing, its own id, if it is known. A final
-    generation that answers none of the questions gets a new record in the group: nothing
-    that was paid for is dropped.
+    generation that answers none of the questions gets a new record in the group, so that its
+    answer is kept.
     """
     generation_id = find(generation, str, "id")
     custom_id = find(generation, str, "request", "metadata", "custom_id")
     key = custom_id or generation_id
     for record in group:
         if key and key in (record.custom_id, record.generation_id):
-            if not record.generation_id:
-                record.generation_id = generation_id
             return record
-    if custom_id in results.records or generation_id in results.records:
+    known_ids = {each.generation_id for each in list(results.records.values())}
+    if custom_id in results.records or generation_id in known_ids | results.records.keys():
         return None
     if generation["state"] not in FINAL or not re.fullmatch(ID_PATTERN, generation_id or ""):
         return None
-    record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
+    record = Record(generation_id, "", {}, group_id=group[0].group_id, state=QUEUED)
     group.append(record)
     return record
 
@@ -694,6 +698,13 @@ def print_section(title: str) -> None:
     print(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
 
 
+def kind_of(record: Record) -> str:
+    """Return the outcome of a record, or Cut-off."""
+    if record.is_cut_off:
+        return CUT_OFF
+    return record.outcome
+
+
 class Screen:
     """Prints the progress of a run."""
 
@@ -720,7 +731,8 @@ class Screen:
             print(f"  ✓ Group created: {group[0].group_id}")
             print(f"  ✓ Group size: {len(group)}")
         else:
-            print(f"  {MARKS[group[0].outcome]} {shorten(str(group[0].error), 74)}")
+            error = shorten(str(group[0].error), 60)
+            print(f"  {MARKS[group[0].outcome]} {len(group)} requests: {error}")
 
     def show_poll(self, group: Records) -> None:
         """Print how far all groups are after a poll of one, and why, if it has failed."""
@@ -827,13 +839,6 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
     return "Generation complete!"
 
 
-def kind_of(record: Record) -> str:
-    """Return the outcome of a record, or Cut-off."""
-    if record.is_cut_off:
-        return CUT_OFF
-    return record.outcome
-
-
 # --- The script: the command line, the files of a run, main
 
 PREFIX = "async-group"  # of the names of results files
@@ -862,7 +867,7 @@ def check_configuration() -> None:
 
 def new_results() -> Results:
     """Make the results file of a new run, with all its requests."""
-    step = "load_questions"
+    step = "load_questions"  # what the message of an error begins with
     try:
         questions = load_questions()
         if not isinstance(questions, dict) or not questions:
@@ -958,7 +963,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
 
 
 def write_answers(records: Records, path: Path) -> None:
-    """Write a line of JSON for each record, without the request that was sent."""
+    """Write a line of JSON for each record, with its outcome as its state."""
     draft = path.with_suffix(".tmp")
     with draft.open("w") as file:
         for record in records:
@@ -999,7 +1004,7 @@ def end_run(screen: Screen) -> bool:
 
 def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
-    signal(SIGINT, SIG_DFL)  # until there is something to be saved
+    signal(SIGINT, SIG_DFL)  # until stop_on_signals, Ctrl-C ends it without a traceback
     parser = argparse.ArgumentParser(description="Ask inference.net's Asynchronous API.")
     parser.add_argument("--resume", metavar="FILE", help="go on with an earlier run")
     parser.add_argument(

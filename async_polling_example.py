@@ -11,11 +11,12 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: sent again later in the run
+                   +-> Not sent    certainly not accepted: it is sent again, now or in another run
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). Between Unknown
+and its end, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -94,7 +95,7 @@ def load_questions() -> dict[str, str]:
 
 
 def build_request(custom_id: str, question: str) -> Json:
-    """Return the chat completion request for a question. Its answer repeats the metadata."""
+    """Return the chat completion request for a question. The API returns the metadata."""
     return {
         "model": MODEL_ID,
         "messages": [{"role": "user", "content": question}],
@@ -109,7 +110,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # if the API asks for more, pause_seconds() raises LockedOut
+MAX_PAUSE_SECONDS = 120  # a longer Retry-After raises LockedOut
 
 # The states of a generation. Only the last two are final.
 QUEUED = "Queued"
@@ -130,37 +131,38 @@ def find(value: Any, kind: type, *path: str | int) -> Any:
 
 
 class ApiError(Exception):
-    """A call failed. The subclass says what that means for a submission.
+    """A call failed. The kind of error says what that means for a submission.
 
-    A poll costs nothing: it can be made again after any of them, except LockedOut.
+                                              submission     poll
+        no connection, or no body sent        NotAccepted    Uncertain
+        429                                   NotAccepted    NotAccepted
+        401                                   LockedOut      LockedOut
+        402, 403                              LockedOut      Refused
+        other 3xx and 4xx, but for 408        Refused        Refused
+        no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
+
+    A poll costs nothing: it can be made again after any of them, except LockedOut. A 2xx is
+    odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
 
 class Refused(ApiError):
-    """The API refuses this request, but may take others: any 3xx or 4xx not named below."""
+    """The API refuses this request, but may take others."""
 
 
 class LockedOut(ApiError):
     """The API takes no requests for now: check the key and the credit, or wait.
 
-    A call raises it for 401, a submission also for 402 and 403; a poll is only Refused by
-    these. pause_seconds() raises it while more than two minutes of a pause remain.
+    pause_seconds() raises it, too, while more than two minutes of a pause remain.
     """
 
 
 class NotAccepted(ApiError):
-    """Certainly not accepted, so it is safe to send again.
-
-    No connection was made, or it broke before the body was sent; or 429.
-    """
+    """Certainly not accepted, so it is safe to send again."""
 
 
 class Uncertain(ApiError):
-    """Perhaps accepted, and paid for: to send it again may be to pay twice.
-
-    It was sent, and then came no reply, or 1xx, 408 or 5xx, or a reply of 2xx without what
-    the endpoint promises. Every network error of a poll is one of these.
-    """
+    """Perhaps accepted, and paid for: to send it again may be to pay twice."""
 
 
 class Client:
@@ -185,7 +187,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # to notice an id that comes twice
+        self.given_ids: set[str] = set()  # to notice one that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -219,7 +221,8 @@ class Client:
         """Make one HTTP request and return the JSON object in the reply, or raise ApiError."""
         upload = None
         if body is not None:
-            # requests reads a file only when the connection stands and the headers are sent.
+            # A file, as requests reads it only once the connection stands: if it is still
+            # unread after an error, nothing was submitted.
             upload = io.BytesIO(json.dumps(body).encode())
         try:
             session = self.idle_sessions.pop()
@@ -244,7 +247,7 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:  # no body was sent
+            if upload and upload.tell() == 0:
                 raise self.error(NotAccepted, reason) from error
             raise self.error(Uncertain, reason) from error
         # A connection is not used again after a 1xx status: the real reply may still come.
@@ -340,14 +343,14 @@ class Record:
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # so it is polled again
+        if state == SUCCESS and not response:  # it stays as it is, and is polled again
             self.error = "the API says Success, but sends no response"
             return
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # What is asked again has its earlier answer until there is a new one.
+            # A request that was made anew (see renew) keeps its earlier answer.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -474,7 +477,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # in a row: see submit_all
+MAX_IN_VAIN = 5  # tries in a row, until submit_all gives up
 OnRecord = Callable[[Record], object] | None
 
 
@@ -486,11 +489,11 @@ def submit_all(
 ) -> None:
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
-    A batch is as many requests as there are worker threads, sent at the same time; the next
-    batch follows when all have ended. on_record gets each record after its submission, in the
-    caller's thread (after an exception, not all of the last batch). Raises LockedOut;
-    sqlite3.Error; NotAccepted or Uncertain, when five were in vain: a batch in which nothing
-    is accepted or refused counts as one, or as many as are Unknown; any other starts anew.
+    Requests are sent in batches, one for each worker thread; the next batch follows when all
+    have ended. on_record gets each record after its submission, in the caller's thread (after
+    an exception, not all of the last batch). Raises LockedOut or sqlite3.Error at once, and
+    NotAccepted or Uncertain after five tries in vain in a row: a batch in which nothing is
+    accepted or refused counts as one, or as many as are Unknown.
     """
     stop = stop or Event()
     in_vain = 0
@@ -511,17 +514,17 @@ def submit_all(
             states = Counter(record.state for record in batch)
             if states.keys() - {NOT_SENT, UNKNOWN}:
                 in_vain = 0
-            elif states:  # none, if another thread has claimed them all
+            elif states:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = Uncertain if UNKNOWN in states else NotAccepted
+                kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
                 raise kind(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
 
 def claim(results: Results, records: Records) -> Records:
-    """Save those that are Not sent as Unknown, and return them, to be submitted.
+    """Save as Unknown those that are Not sent still, and return them, to be submitted.
 
     If the program is killed from here on, they must not be sent again. Another thread may
     have claimed some of them, or saved a new record in the place of one.
@@ -545,7 +548,7 @@ STATE_AFTER = {
 def submit(client: Client, results: Results, record: Record) -> Record:
     """Submit one request, and save what has come of it."""
     try:
-        # Set before it is saved: if that fails, the id can still be shown.
+        # The id first: if it can't be saved, the record is Unknown on file, but Pending here.
         record.generation_id = client.submit_generation(record.request)
         results.save([record], state=QUEUED, error=None)
     except ApiError as error:
@@ -565,10 +568,11 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each generation once, and begins interval_seconds after the one before, or
-    when that has ended. A poll that fails leaves its reason in record.error, and is made again
-    in the next round. on_record gets each record after each poll, final or not, in the
-    caller's thread. If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
+    A round polls each generation once. It begins interval_seconds after the last one began, or
+    when that has ended, if this is later. A poll that fails leaves its reason in record.error,
+    and is made again in the next round. on_record gets each record after each poll, final or
+    not, in the caller's thread; after an exception, not all of the last batch. If stop is set,
+    the rest stays Pending. Raises LockedOut; sqlite3.Error.
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -669,6 +673,13 @@ def print_section(title: str) -> None:
     print(f"\n  {title}\n  {'-' * (len(title) + 4)}\n")
 
 
+def kind_of(record: Record) -> str:
+    """Return the outcome of a record, or Cut-off."""
+    if record.is_cut_off:
+        return CUT_OFF
+    return record.outcome
+
+
 class Screen:
     """Prints the progress of a run; on a terminal with a live line, which is drawn in place."""
 
@@ -682,7 +693,7 @@ class Screen:
         self.notes: list[str] = []  # why the run ended early
 
     def clear(self) -> None:
-        """Remove the live line."""
+        """Make room for a line: remove the live line."""
         if IS_TERMINAL:
             print(" " * (COLUMNS - 1), end="\r")
         self.printed_at = monotonic()
@@ -706,7 +717,7 @@ class Screen:
         self.clear()
         print(f"    {text} → {shorten(record.generation_id or 'no id', 15)}")
 
-    def show_answer(self, record: Record) -> None:
+    def show_poll(self, record: Record) -> None:
         """Print that a generation is final, or how far the others are."""
         if record.outcome == PENDING:
             self.show_progress(record.error)
@@ -810,13 +821,6 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
     return "Generation complete!"
 
 
-def kind_of(record: Record) -> str:
-    """Return the outcome of a record, or Cut-off."""
-    if record.is_cut_off:
-        return CUT_OFF
-    return record.outcome
-
-
 # --- The script: the command line, the files of a run, main
 
 PREFIX = "async-polling"  # of the names of results files
@@ -846,7 +850,7 @@ def check_configuration() -> None:
 
 def new_results() -> Results:
     """Make the results file of a new run, with all its requests."""
-    step = "load_questions"
+    step = "load_questions"  # what the message of an error begins with
     try:
         questions = load_questions()
         if not isinstance(questions, dict) or not questions:
@@ -889,7 +893,7 @@ def renew(results: Results, kind: str) -> None:
     """Replace what is failed, unknown or cut-off by new requests, which are Not sent."""
     renewed = []
     for record in results.records.values():
-        if kind_of(record).lower() == kind:
+        if kind_of(record).lower() == kind and record.request:
             again = new_record(record.custom_id, record.question)
             again.response = record.response  # stays until there is a new one
             renewed.append(again)
@@ -935,7 +939,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
     if screen.to_poll and not stop.is_set():
         screen.clear()
         print_section("Polling for Results")
-        poll_all(client, results, screen.show_answer, stop)
+        poll_all(client, results, screen.show_poll, stop)
         if results.with_outcome(PENDING) and not stop.is_set():
             screen.notes.append(
                 f"The polls are used up (MAX_POLL_ATTEMPTS = {MAX_POLL_ATTEMPTS})"
@@ -943,7 +947,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
 
 
 def write_answers(records: Records, path: Path) -> None:
-    """Write a line of JSON for each record, without the request that was sent."""
+    """Write a line of JSON for each record, with its outcome as its state."""
     draft = path.with_suffix(".tmp")
     with draft.open("w") as file:
         for record in records:
@@ -985,7 +989,7 @@ def end_run(screen: Screen) -> bool:
 
 def main() -> int:
     """Read the command line, run, show the summary, and return the exit code."""
-    signal(SIGINT, SIG_DFL)  # until there is something to be saved
+    signal(SIGINT, SIG_DFL)  # until stop_on_signals, Ctrl-C ends it without a traceback
     parser = argparse.ArgumentParser(description="Ask inference.net's Asynchronous API.")
     parser.add_argument("--resume", metavar="FILE", help="go on with an earlier run")
     parser.add_argument(

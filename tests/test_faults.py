@@ -364,6 +364,10 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
         TWO,
     ),
     "a has no metadata": (lambda a, b, poll: [a | {"request": None}, b], f"Pending {TWO}"),
+    "a has no metadata when b is not final": (
+        lambda a, b, poll: [a, b | WAITS] if poll == 1 else [a | {"request": None}, b],
+        TWO,
+    ),
     "two answers to a": (lambda a, b, poll: [a, b, a | {"id": a["id"] + "2"}], TWO),
     "an answer to nobody": (lambda a, b, poll: [STRAY, a, b], THREE),
     "an answer to another": (
@@ -371,7 +375,7 @@ LISTS: dict[str, tuple[Callable[[Json, Json, int], list[Any]], str]] = {
         THREE,
     ),
     "an odd id": (lambda a, b, poll: [a, b, STRAY | {"id": "\ud800"}], TWO),
-    "nobody's, not final": (lambda a, b, poll: [a, b, STRAY | WAITS], TWO),
+    "nobody's, not final": (lambda a, b, poll: [a, b, STRAY | WAITS | {"id": "s"}], TWO),
     "no generations": (lambda a, b, poll: [1, None, "x", [], {}, {"state": 3}, a, b], TWO),
 }
 

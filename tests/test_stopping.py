@@ -293,6 +293,7 @@ def test_a_full_disk_costs_no_id(example: Example, is_sent: bool) -> None:
     states = {each["state"] for each in run.records.values()}
     assert states <= ({"Unknown", "Not sent"} if is_sent else {"Not sent"})
     assert bool(given_out(example)) == is_sent
+    assert ("Not complete: 4 not sent" in run.stdout) != is_sent
     assert all(each in run.stdout + run.stderr for each in given_out(example))
 
 
