@@ -186,7 +186,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # to notice one that comes twice
+        self.given_ids: set[str | None] = set()  # to notice one that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -254,8 +254,8 @@ class Client:
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
             if upload and upload.tell() == 0:
-                raise self.error(NotAccepted, reason) from error
-            raise self.error(Uncertain, reason) from error
+                raise self.error(NotAccepted, reason) from None
+            raise self.error(Uncertain, reason) from None
         # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -490,10 +490,7 @@ OnGroup = Callable[[Records], object] | None
 
 
 def submit_all(
-    client: Client,
-    results: Results,
-    on_group: OnGroup = None,
-    stop: Event | None = None,
+    client: Client, results: Results, on_group: OnGroup = None, stop: Event | None = None
 ) -> None:
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
@@ -503,6 +500,8 @@ def submit_all(
     accepted counts as one, and one that is Unknown as many as it has requests.
     """
     stop = stop or Event()
+    # An id that other records have already would lead to the answers to other questions.
+    client.given_ids.update(each.group_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
     while unsent:
@@ -522,7 +521,7 @@ def submit_all(
         elif states:
             in_vain += max(1, states[UNKNOWN])
         if in_vain >= MAX_IN_VAIN:
-            kind = Uncertain if group[-1].state == UNKNOWN else NotAccepted
+            kind = Uncertain if UNKNOWN in states else NotAccepted
             raise kind(group[-1].error)
         # At the end of the list, start again with those that were not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
@@ -534,9 +533,12 @@ def claim(results: Results, records: Records) -> Records:
     If the program is killed from here on, they must not be sent again. Another thread may
     have claimed some of them, or saved a new record in the place of one.
     """
+    claimed = []
     with results.lock:
-        current = [results.records[record.custom_id] for record in records]
-        claimed = [record for record in current if record.outcome == NOT_SENT]
+        for record in records:
+            is_current = results.records[record.custom_id] is record
+            if is_current and record.outcome == NOT_SENT:
+                claimed.append(record)
         reason = "perhaps sent: what came of it was not saved"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
@@ -554,10 +556,11 @@ def submit(client: Client, results: Results, group: Records) -> None:
     """Submit a group, and save what has come of it."""
     try:
         group_id = client.submit_group([record.request for record in group])
-        # The id first: if it can't be saved, they are Unknown on file, but Pending here.
-        for record in group:
-            record.group_id = group_id
-        results.save(group, state=QUEUED, error=None)
+        with results.lock:  # no poll comes between
+            # The id first: if it can't be saved, they are Unknown on file, but Pending here.
+            for record in group:
+                record.group_id = group_id
+            results.save(group, state=QUEUED, error=None)
     except ApiError as error:
         results.save(group, state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
@@ -612,7 +615,9 @@ def poll(client: Client, results: Results, group: Records) -> None:
             record.error = str(error)
         if isinstance(error, LockedOut):
             raise
-    results.save(group)
+    with results.lock:  # without those that were asked again meanwhile
+        held = [each for each in group if results.records.get(each.custom_id, each) is each]
+        results.save(held)
 
 
 def match(generation: Json, group: Records, results: Results) -> Record | None:
@@ -771,7 +776,7 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     for response in responses:
         for name in ("prompt", "completion", "total"):
             count: int = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
+            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -884,8 +889,9 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
+        step = "load_questions"
         results.add(records)
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 
@@ -1035,7 +1041,9 @@ def main() -> int:
     is_complete = end_run(screen)
     if stop.is_set():
         return 130
-    return int(not is_complete)
+    if not is_complete or sys.stdout is None:
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str] = set()  # to notice one that comes twice
+        self.given_ids: set[str | None] = set()  # to notice one that comes twice
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -248,8 +248,8 @@ class Client:
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
             if upload and upload.tell() == 0:
-                raise self.error(NotAccepted, reason) from error
-            raise self.error(Uncertain, reason) from error
+                raise self.error(NotAccepted, reason) from None
+            raise self.error(Uncertain, reason) from None
         # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -482,10 +482,7 @@ OnRecord = Callable[[Record], object] | None
 
 
 def submit_all(
-    client: Client,
-    results: Results,
-    on_record: OnRecord = None,
-    stop: Event | None = None,
+    client: Client, results: Results, on_record: OnRecord = None, stop: Event | None = None
 ) -> None:
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
@@ -496,6 +493,8 @@ def submit_all(
     accepted or refused counts as one, or as many as are Unknown.
     """
     stop = stop or Event()
+    # An id that another record has already would lead to the answer to another question.
+    client.given_ids.update(each.generation_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
     with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
@@ -505,19 +504,20 @@ def submit_all(
             wait_for_pause(client, stop)
             if stop.is_set():
                 return
-            batch = claim(results, unsent[:MAX_CONCURRENT_POLLS])
-            futures = [pool.submit(submit, client, results, record) for record in batch]
+            batch = unsent[:MAX_CONCURRENT_POLLS]
+            futures = {pool.submit(submit, client, results, each): each for each in batch}
+            states = Counter[str | None]()
             for future in as_completed(futures):
-                record = future.result()
-                if on_record:
-                    on_record(record)
-            states = Counter(record.state for record in batch)
-            if states.keys() - {NOT_SENT, UNKNOWN}:
+                state = future.result()
+                states[state] += 1
+                if state and on_record:
+                    on_record(futures[future])
+            if states.keys() - {None, NOT_SENT, UNKNOWN}:
                 in_vain = 0
-            elif states:
+            elif states[NOT_SENT] or states[UNKNOWN]:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
+                kind = Uncertain if UNKNOWN in states else NotAccepted
                 raise kind(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
@@ -529,9 +529,12 @@ def claim(results: Results, records: Records) -> Records:
     If the program is killed from here on, they must not be sent again. Another thread may
     have claimed some of them, or saved a new record in the place of one.
     """
+    claimed = []
     with results.lock:
-        current = [results.records[record.custom_id] for record in records]
-        claimed = [record for record in current if record.outcome == NOT_SENT]
+        for record in records:
+            is_current = results.records[record.custom_id] is record
+            if is_current and record.outcome == NOT_SENT:
+                claimed.append(record)
         reason = "perhaps sent: what came of it was not saved"
         results.save(claimed, state=UNKNOWN, error=reason)
     return claimed
@@ -545,17 +548,24 @@ STATE_AFTER = {
 }
 
 
-def submit(client: Client, results: Results, record: Record) -> Record:
-    """Submit one request, and save what has come of it."""
+def submit(client: Client, results: Results, record: Record) -> str | None:
+    """Submit one request, save what has come of it, and return its state.
+
+    None: it is no longer to be sent.
+    """
+    if not claim(results, [record]):
+        return None
     try:
-        # The id first: if it can't be saved, the record is Unknown on file, but Pending here.
-        record.generation_id = client.submit_generation(record.request)
-        results.save([record], state=QUEUED, error=None)
+        generation_id = client.submit_generation(record.request)
+        with results.lock:  # no poll comes between
+            # The id first: if it can't be saved, it is Unknown on file, but Pending here.
+            record.generation_id = generation_id
+            results.save([record], state=QUEUED, error=None)
     except ApiError as error:
         results.save([record], state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
             raise
-    return record
+    return record.state
 
 
 def poll_all(
@@ -607,8 +617,10 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         record.error = str(error)
         if isinstance(error, LockedOut):
             raise
-    if record.state in FINAL:
-        results.save([record])
+    with results.lock:
+        is_current = results.records[record.custom_id] is record  # not asked again meanwhile
+        if is_current and record.state in FINAL:
+            results.save([record])
     return record
 
 
@@ -753,7 +765,7 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     for response in responses:
         for name in ("prompt", "completion", "total"):
             count: int = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
+            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -867,8 +879,9 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
+        step = "load_questions"
         results.add(records)
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 
@@ -1020,7 +1033,9 @@ def main() -> int:
     is_complete = end_run(screen)
     if stop.is_set():
         return 130
-    return int(not is_complete)
+    if not is_complete or sys.stdout is None:
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

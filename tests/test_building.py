@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from conftest import SCRIPTS, SINGLE, Example, Gate, Striker, calls, faulty, load
-from local_api import Fault, Json, LocalApi, after, close, status
+from local_api import Fault, Json, LocalApi, after, body, close, status
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -279,16 +279,40 @@ def test_add_leaves_what_is_known_as_it_is(parts: Any, tmp_path: Path) -> None:
     assert kept.records["q1"].question == "New?"
 
 
-def test_a_record_that_is_saved_anew_is_sent_in_its_new_form(
-    parts: Any, api: LocalApi
-) -> None:
+@pytest.mark.parametrize("is_poll", [False, True], ids=["submissions", "polls"])
+def test_what_is_saved_anew_stays(parts: Any, api: LocalApi, is_poll: bool) -> None:
+    """While others are submitted or polled before it."""
     parts.MAX_GROUP_SIZE = 5
-    results = results_of(parts, *["Why?"] * 10)
+    client, results = parts.Client(), results_of(parts, *["Why?"] * 10)
     again = parts.new_record("q9", "What is 2 + 2?")
-    save = callback(parts, lambda _: results.save([again]))
-    parts.submit_all(parts.Client(), results, **save)
-    assert again.request in [each.request for each in api.generations.values()]
+    if is_poll:
+        parts.submit_all(client, results)
+    work = parts.poll_all if is_poll else parts.submit_all
+    work(client, results, **callback(parts, lambda _: results.save([again])))
+    assert results.records["q9"] is again
+    assert again.outcome == ("Not sent" if is_poll else "Pending")
     assert (len(api.generations), api.made_again()) == (10, 0)
+
+
+def test_without_threads_nothing_is_sent_and_nothing_unknown(api: LocalApi) -> None:
+    parts = load(SINGLE)
+    results = results_of(parts, "Why?")
+    parts.ThreadPoolExecutor = lambda _: ThreadPoolExecutor(1, initializer=lambda: 1 / 0)
+    with pytest.raises(RuntimeError):
+        parts.submit_all(parts.Client(), results)
+    assert (outcomes(results), api.calls) == ({"Not sent": 1}, [])
+
+
+def test_an_id_of_an_earlier_run_is_none(parts: Any, api: LocalApi) -> None:
+    results = results_of(parts, "Why?")
+    parts.submit_all(parts.Client(), results)
+    [given_id] = api.groups if is_group(parts) else api.generations
+    api.choose_fault = lambda *_: body(
+        b'{"id": "%b", "groupId": "%b"}' % ((given_id.encode(),) * 2)
+    )
+    results.add([parts.new_record("new", "How?")])
+    parts.submit_all(parts.Client(), results)
+    assert results.records["new"].outcome == "Unknown"
 
 
 BAD: dict[str, Json] = {
@@ -314,7 +338,6 @@ UNSENDABLE: dict[str, tuple[object, object, Json]] = {
     "an empty id": ("", "Why?", {"custom_id": ""}),
     "an id that is a number": (7, "Why?", {"custom_id": 7}),
     "the id of another": ("a", "Why?", {"custom_id": "b"}),
-    "a request without the id": ("a", "Why?", {}),
 }
 
 
@@ -340,20 +363,19 @@ def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
     assert asked == ["one", "two"]
 
 
-def test_five_in_a_row_that_are_uncertain_are_enough(api: LocalApi) -> None:
-    parts = load(SINGLE)
-    results = results_of(parts, *["Why?"] * 60)
-    api.choose_fault = lambda *_: status(500)
-    with pytest.raises(parts.Uncertain):
-        parts.submit_all(parts.Client(), results)
-    assert outcomes(results) == {"Unknown": 5, "Not sent": 55}
+# How many workers there are, which submissions are uncertain, how many of 12 become Unknown
+IN_VAIN = [(1, [True], 5), (1, [True, False], 6), (5, [True], 5)]
 
 
-def test_uncertain_ones_that_are_not_in_a_row_end_nothing(parts: Any, api: LocalApi) -> None:
-    parts.MAX_GROUP_SIZE = parts.MAX_CONCURRENT_POLLS = 1
+@pytest.mark.parametrize(("workers", "fails", "unknown"), IN_VAIN)
+def test_five_in_a_row_end_it(
+    parts: Any, api: LocalApi, workers: int, fails: list[bool], unknown: int
+) -> None:
+    parts.MAX_GROUP_SIZE, parts.MAX_CONCURRENT_POLLS = 1, workers
     parts.random = SimpleNamespace(uniform=lambda low, high: low)
     results = results_of(parts, *["Why?"] * 12)
-    faults = cycle([status(500), None])
-    api.choose_fault = lambda *_: next(faults)
-    parts.submit_all(parts.Client(), results)
-    assert outcomes(results) == {"Unknown": 6, "Pending": 6}
+    is_failing = cycle(fails)
+    api.choose_fault = lambda *_: status(500) if next(is_failing) else None
+    with suppress(parts.Uncertain):
+        parts.submit_all(parts.Client(), results)
+    assert outcomes(results)["Unknown"] == unknown

@@ -38,7 +38,6 @@ from local_api import (
 Table = dict[str, tuple[Fault, str, str]]
 KEY = API_KEY.encode()
 HTML = "text/html"
-PAST = "Wed, 21 Oct 2015 07:28:00 GMT"
 FUTURE = "Fri, 31 Dec 2100 23:59:59 GMT"
 NEVER = f"Wed, 21 Oct 2015 {'9' * 400}:28:00 GMT"
 END = b"Connection: close\r\n\r\n"
@@ -47,8 +46,6 @@ KEY_AS_STATUS = b"HTTP/1.1 400 " + KEY + b"\r\nContent-Length: 0\r\n" + END
 
 
 def raw(answer: bytes) -> Fault:
-    """Send these bytes, and close the connection."""
-
     async def fault(request: web.Request, proceed: Proceed) -> web.StreamResponse:
         assert isinstance(request.transport, asyncio.Transport)
         request.transport.write(answer)
@@ -66,7 +63,6 @@ async def interim(request: web.Request, proceed: Proceed) -> web.StreamResponse:
 
 
 def each_is(value: Any, code: int = 200) -> Fault:
-    """Answer with an object that has this value wherever the script looks."""
     keys = ["id", "groupId", "state", "generations"]
     return body(json.dumps(dict.fromkeys(keys, value)).encode(), code=code)
 
@@ -80,7 +76,6 @@ TURNED_AWAY: Table = {
     "429, Retry-After: 0": (status(429, Retry_After="0"), "Success", ""),
     "429, Retry-After: 1": (status(429, Retry_After="1"), "Success", ""),
     "429, Retry-After: soon": (status(429, Retry_After="soon"), "Success", ""),
-    "429, until a date in the past": (status(429, Retry_After=PAST), "Success", ""),
     "429, until a date that can't be": (status(429, Retry_After=NEVER), "Success", ""),
 }
 # Refused, and so Failed, or perhaps accepted: Unknown. Neither is sent again. A poll that meets
@@ -108,9 +103,7 @@ ANSWERS: Table = {
     "no HTTP, the key at letter 490": (raw(b"x " * 218 + KEY), "Unknown", "x x"),
     "204": (body(b"", code=204), "Unknown", "HTTP 204"),
     "200 with HTML": (body(b"<p>Please log in", HTML), "Unknown", "Please log in"),
-    "200 with nothing": (body(b""), "Unknown", "HTTP 200"),
     "200 with a list": (body(b'["a-list"]'), "Unknown", "a-list"),
-    "200 with null": (body(b"null"), "Unknown", "null"),
     "200 with broken JSON": (body(b'{"id": "broken'), "Unknown", "broken"),
     "200, nested too deep": (body(b"[" * 100_000), "Unknown", "[[["),
     "200, a number too long": (body(b'{"id": %s}' % (b"9" * 5000)), "Unknown", "9999"),
@@ -118,7 +111,6 @@ ANSWERS: Table = {
 }
 SUBMISSIONS: Table = ANSWERS | {
     "200 with {}": (body(b"{}"), "Unknown", "id"),
-    "200, an id that is null": (each_is(None), "Unknown", "id"),
     "200, an id that is empty": (each_is(""), "Unknown", "''"),
     "200, an id that is a path": (each_is("../x"), "Unknown", "../x"),
     "200, an id that is the key": (each_is(API_KEY), "Unknown", "[API key]"),
@@ -132,9 +124,7 @@ POLLS |= {
     "429": (status(429, "slow down"), "Pending", "slow down"),
     "429, Retry-After: 1": (status(429, "wait", Retry_After="1"), "Pending", "wait"),
     "200 with {}": (body(b"{}"), "Pending", "the reply"),
-    "200 with nulls": (each_is(None), "Pending", "the reply"),
     "200 with numbers": (each_is(7), "Pending", "the reply"),
-    "200 with objects": (each_is({}), "Pending", "the reply"),
     "200 with the key": (each_is(API_KEY), "Pending", "the reply"),
 }
 
@@ -172,7 +162,6 @@ def meet(api: LocalApi, table: Table, polls: bool, times: float = 1000) -> Count
 
 
 def check(run: Run, table: dict[str, tuple[Any, str, str]], found: dict[str, Json]) -> None:
-    """Check the outcome of each line and its words; no part of the key is anywhere."""
     screen = " ".join(run.stdout.split())
     for content in [screen.encode(), *(path.read_bytes() for path in run.folder.glob("*/*"))]:
         assert KEY[:12] not in content
@@ -187,7 +176,6 @@ def check(run: Run, table: dict[str, tuple[Any, str, str]], found: dict[str, Jso
 
 
 def by_name(example: Example, run: Run) -> dict[str, Json]:
-    """Return the lines of the .jsonl file by custom id; no generation is another's."""
     for row in run.answers:
         generation = example.api.generations.get(row["generation_id"])
         if generation and row["question"]:
@@ -273,7 +261,6 @@ def test_a_poll_that_fails_is_made_again(example: Example) -> None:
 
 
 def says(content: Any, finish_reason: Any = "stop", **more: Any) -> Json:
-    """Return a response."""
     choice = {"message": {"content": content}, "finish_reason": finish_reason}
     return {"response": {"choices": [choice], **more}}
 
@@ -293,7 +280,6 @@ GENERATIONS: dict[str, tuple[Json, str, str]] = {
     "a state that is the key": ({"state": API_KEY}, "Pending", "[API key]"),
     "Success, no response": ({"response": None}, "Pending", "no response"),
     "Success, a response of {}": ({"response": {}}, "Pending", "no response"),
-    "Success, a response of text": ({"response": "Paris"}, "Pending", "no response"),
     "In Progress, half an answer": (HALF, "Pending", ""),
     "Failed, and why": (fails("too hot"), "Failed", "too hot"),
     "Failed, with the key": (fails(f"<{API_KEY}>"), "Failed", "<[API key]>"),
@@ -305,7 +291,6 @@ GENERATIONS: dict[str, tuple[Json, str, str]] = {
     "an answer of null": (says(None, None), "Success", ""),
     "an answer with odd line ends": (says(TWO_LINES), "Success", ""),
     "no choices": ({"response": {"choices": []}}, "Success", ""),
-    "choices that are none": ({"response": {"choices": {"0": 7}}}, "Success", ""),
     "nested 500 deep": (says("Deep", more=DEEP), "Success", ""),
     "odd counts of tokens": (says("A", usage={"total_tokens": "7"}), "Success", ""),
     "counts of tokens of 400 digits": (says("A", usage=HUGE), "Success", ""),
@@ -434,7 +419,6 @@ ENDS: dict[str, tuple[Fault, bool, str, str]] = {
     "one id for all": (each_is("same"), False, "Not sent, Pending, Unknown", "same"),
     "polls: 401": (status(401), True, "Pending", "INFERENCE_API_KEY"),
     "polls: 429, 600": (status(429, Retry_After="600"), True, "Pending", TEN_MINUTES),
-    "polls: 503, 600": (status(503, Retry_After="600"), True, "Pending", TEN_MINUTES),
 }
 
 
@@ -528,11 +512,9 @@ ADDRESSES = {
     " http://localhost:8000/v1/ ": True,
     "http://[::1]:8000/v1": True,
     "": False,
-    "api.example/v1": False,
     "http://api.example/v1": False,
     "http://127.0.0.1.example/v1": False,
     "http://localhost:x@api.example/v1": False,
-    "http://api.example/http://localhost": False,
     f"https://{API_KEY}@api.example/v1": False,
 }
 
