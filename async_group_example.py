@@ -15,8 +15,8 @@ The life of a request, in the words of Record.state:
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it (--retry unknown). Between Unknown
-and its end, Record.outcome calls it Pending.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). As
+long as it has an id and is not final, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -109,7 +109,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # a longer Retry-After raises LockedOut
+MAX_PAUSE_SECONDS = 120  # if more remains of a Retry-After, pause_seconds() raises LockedOut
 
 # The states of a generation. Only the last two are final.
 QUEUED = "Queued"
@@ -140,8 +140,8 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing: it can be made again after any of them, except LockedOut. A 2xx is
-    odd if it is no JSON object, or lacks what the endpoint promises.
+    A poll costs nothing, and can be made again; LockedOut means not now. A 2xx is odd if it is
+    no JSON object, or lacks what the endpoint promises.
     """
 
 
@@ -357,7 +357,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # A request that was made anew (see renew) keeps its earlier answer.
+            # What is asked again by --retry keeps its old answer until a new one comes.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -402,7 +402,7 @@ class Results:
     """The SQLite file that keeps the records. Threads can share it, processes can't.
 
     records has them by custom id, in the order in which they were added; while another thread
-    adds some, read by with_outcome. sqlite3.Error: the file is in use, or can't be read or
+    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be read or
     written.
     """
 
@@ -443,7 +443,7 @@ class Results:
     def save(self, records: Iterable[Record], **changes: object) -> None:
         """Change these fields of the records and save them, all or none.
 
-        A record replaces the one that has its custom id: so save a new one to ask again.
+        A record takes the place of the one with its custom id. To ask again, save a new one.
         """
         records = list(records)
         with self.lock:
@@ -485,7 +485,7 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-MAX_IN_VAIN = 5  # tries in a row, until submit_all gives up
+MAX_IN_VAIN = 5  # the count at which submit_all gives up: see there
 OnGroup = Callable[[Records], object] | None
 
 
@@ -495,9 +495,9 @@ def submit_all(
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
     A group is up to 50 requests, sent in one call. on_group gets the records of each group
-    after its submission (after an exception, not the last). Raises LockedOut or sqlite3.Error
-    at once, and NotAccepted or Uncertain after five tries in vain in a row: a group that is not
-    accepted counts as one, and one that is Unknown as many as it has requests.
+    after its submission. LockedOut or sqlite3.Error ends it at once, without on_group. At a
+    count of five it ends with NotAccepted or Uncertain: a group that is accepted or refused
+    sets the count to 0; one that is not accepted adds 1; one that is Unknown adds its size.
     """
     stop = stop or Event()
     # An id that other records have already would lead to the answers to other questions.
@@ -521,7 +521,7 @@ def submit_all(
         elif states:
             in_vain += max(1, states[UNKNOWN])
         if in_vain >= MAX_IN_VAIN:
-            kind = Uncertain if UNKNOWN in states else NotAccepted
+            kind = Uncertain if group[-1].state == UNKNOWN else NotAccepted
             raise kind(group[-1].error)
         # At the end of the list, start again with those that were not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
@@ -530,8 +530,8 @@ def submit_all(
 def claim(results: Results, records: Records) -> Records:
     """Save as Unknown those that are Not sent still, and return them, to be submitted.
 
-    If the program is killed from here on, they must not be sent again. Another thread may
-    have claimed some of them, or saved a new record in the place of one.
+    Whatever comes from here on, they must not be sent again. Another thread may have claimed
+    some of them, or saved a new record in the place of one.
     """
     claimed = []
     with results.lock:
@@ -556,8 +556,8 @@ def submit(client: Client, results: Results, group: Records) -> None:
     """Submit a group, and save what has come of it."""
     try:
         group_id = client.submit_group([record.request for record in group])
-        with results.lock:  # no poll comes between
-            # The id first: if it can't be saved, they are Unknown on file, but Pending here.
+        with results.lock:  # so that no other thread polls it before it is saved
+            # If this save fails, the file says Unknown, but the id is still in memory.
             for record in group:
                 record.group_id = group_id
             results.save(group, state=QUEUED, error=None)
@@ -577,10 +577,10 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each group once. It begins interval_seconds after the last one began, or when
-    that has ended, if this is later. A poll that fails leaves its reason in record.error, and
-    is made again in the next round. on_group gets what was Pending in a group after each poll,
-    final or not. If stop is set, the rest stays Pending. Raises LockedOut; sqlite3.Error.
+    A round polls each group once. Rounds begin interval_seconds apart, or later if one takes
+    longer. A poll that fails leaves its reason in record.error, and is made again in the next
+    round. on_group gets what was Pending in a group after each poll, final or not. If stop is
+    set, the rest stays Pending. LockedOut or sqlite3.Error ends it at once.
     """
     stop = stop or Event()
     next_round_at = monotonic()

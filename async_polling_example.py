@@ -15,8 +15,8 @@ The life of a request, in the words of Record.state:
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it (--retry unknown). Between Unknown
-and its end, Record.outcome calls it Pending.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). As
+long as it has an id and is not final, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -110,7 +110,7 @@ DEFAULT_BASE_URL = "https://api.inference.net/v1"
 # Plain http would show the key to others, and an @ can hide which host is meant
 BASE_URL_PATTERN = r"https://[^@]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][^@]*)?"
 ID_PATTERN = "[A-Za-z0-9_-]+"
-MAX_PAUSE_SECONDS = 120  # a longer Retry-After raises LockedOut
+MAX_PAUSE_SECONDS = 120  # if more remains of a Retry-After, pause_seconds() raises LockedOut
 
 # The states of a generation. Only the last two are final.
 QUEUED = "Queued"
@@ -141,8 +141,8 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing: it can be made again after any of them, except LockedOut. A 2xx is
-    odd if it is no JSON object, or lacks what the endpoint promises.
+    A poll costs nothing, and can be made again; LockedOut means not now. A 2xx is odd if it is
+    no JSON object, or lacks what the endpoint promises.
     """
 
 
@@ -350,7 +350,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # A request that was made anew (see renew) keeps its earlier answer.
+            # What is asked again by --retry keeps its old answer until a new one comes.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -395,7 +395,7 @@ class Results:
     """The SQLite file that keeps the records. Threads can share it, processes can't.
 
     records has them by custom id, in the order in which they were added; while another thread
-    adds some, read by with_outcome. sqlite3.Error: the file is in use, or can't be read or
+    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be read or
     written.
     """
 
@@ -436,7 +436,7 @@ class Results:
     def save(self, records: Iterable[Record], **changes: object) -> None:
         """Change these fields of the records and save them, all or none.
 
-        A record replaces the one that has its custom id: so save a new one to ask again.
+        A record takes the place of the one with its custom id. To ask again, save a new one.
         """
         records = list(records)
         with self.lock:
@@ -477,7 +477,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # tries in a row, until submit_all gives up
+MAX_IN_VAIN = 5  # the count at which submit_all gives up: see there
 OnRecord = Callable[[Record], object] | None
 
 
@@ -487,10 +487,10 @@ def submit_all(
     """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread (after
-    an exception, not all of the last batch). Raises LockedOut or sqlite3.Error at once, and
-    NotAccepted or Uncertain after five tries in vain in a row: a batch in which nothing is
-    accepted or refused counts as one, or as many as are Unknown.
+    have ended. on_record gets each record after its submission, in the caller's thread.
+    LockedOut or sqlite3.Error ends it after the batch, of which some may miss on_record. At a
+    count of five it ends with NotAccepted or Uncertain: a batch in which something is accepted
+    or refused sets the count to 0; any other adds 1, or its number of Unknown ones if greater.
     """
     stop = stop or Event()
     # An id that another record has already would lead to the answer to another question.
@@ -510,34 +510,32 @@ def submit_all(
             for future in as_completed(futures):
                 state = future.result()
                 states[state] += 1
-                if state and on_record:
+                if state and on_record:  # None: another thread has taken it
                     on_record(futures[future])
             if states.keys() - {None, NOT_SENT, UNKNOWN}:
                 in_vain = 0
             elif states[NOT_SENT] or states[UNKNOWN]:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = Uncertain if UNKNOWN in states else NotAccepted
+                kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
                 raise kind(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
 
-def claim(results: Results, records: Records) -> Records:
-    """Save as Unknown those that are Not sent still, and return them, to be submitted.
+def claim(results: Results, record: Record) -> bool:
+    """Save a record as Unknown, as it is sent next; False: it is not Not sent any more.
 
-    If the program is killed from here on, they must not be sent again. Another thread may
-    have claimed some of them, or saved a new record in the place of one.
+    Whatever comes from here on, it must not be sent again. Another thread may have claimed it
+    before, or saved a new record in its place.
     """
-    claimed = []
     with results.lock:
-        for record in records:
-            is_current = results.records[record.custom_id] is record
-            if is_current and record.outcome == NOT_SENT:
-                claimed.append(record)
+        is_current = results.records[record.custom_id] is record
+        if not is_current or record.outcome != NOT_SENT:
+            return False
         reason = "perhaps sent: what came of it was not saved"
-        results.save(claimed, state=UNKNOWN, error=reason)
-    return claimed
+        results.save([record], state=UNKNOWN, error=reason)
+    return True
 
 
 STATE_AFTER = {
@@ -549,16 +547,13 @@ STATE_AFTER = {
 
 
 def submit(client: Client, results: Results, record: Record) -> str | None:
-    """Submit one request, save what has come of it, and return its state.
-
-    None: it is no longer to be sent.
-    """
-    if not claim(results, [record]):
+    """Submit one request, save what has come of it, and return its state; None: not sent here."""
+    if not claim(results, record):
         return None
     try:
         generation_id = client.submit_generation(record.request)
-        with results.lock:  # no poll comes between
-            # The id first: if it can't be saved, it is Unknown on file, but Pending here.
+        with results.lock:  # so that no other thread polls it before it is saved
+            # If this save fails, the file says Unknown, but the id is still in memory.
             record.generation_id = generation_id
             results.save([record], state=QUEUED, error=None)
     except ApiError as error:
@@ -578,11 +573,11 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each generation once. It begins interval_seconds after the last one began, or
-    when that has ended, if this is later. A poll that fails leaves its reason in record.error,
-    and is made again in the next round. on_record gets each record after each poll, final or
-    not, in the caller's thread; after an exception, not all of the last batch. If stop is set,
-    the rest stays Pending. Raises LockedOut; sqlite3.Error.
+    A round polls each generation once. Rounds begin interval_seconds apart, or later if one
+    takes longer. A poll that fails leaves its reason in record.error, and is made again in the
+    next round. on_record gets each record after each poll, final or not, in the caller's
+    thread. If stop is set, the rest stays Pending. LockedOut or sqlite3.Error ends it after the
+    batch, of which some may miss on_record.
     """
     stop = stop or Event()
     next_round_at = monotonic()
