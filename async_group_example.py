@@ -140,8 +140,8 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing, and can be made again; LockedOut means not now. A 2xx is odd if it is
-    no JSON object, or lacks what the endpoint promises.
+    A poll costs nothing, and is made again after any of them; LockedOut means: not now. A 2xx
+    is odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
 
@@ -186,7 +186,8 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str | None] = set()  # to notice one that comes twice
+        # One that is given twice would bring the answer to another question.
+        self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -430,7 +431,7 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: a custom id is there twice, or is no text. TypeError: it is not JSON.
+        ValueError: a custom id is there twice, or is no text. TypeError: a record is no JSON.
         """
         given = {}
         for record in records:
@@ -441,7 +442,7 @@ class Results:
             self.save([given[key] for key in given if key not in self.records])
 
     def save(self, records: Iterable[Record], **changes: object) -> None:
-        """Change these fields of the records and save them, all or none.
+        """Save the records with these changes to their fields, all or none.
 
         A record takes the place of the one with its custom id. To ask again, save a new one.
         """
@@ -485,22 +486,22 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-MAX_IN_VAIN = 5  # the count at which submit_all gives up: see there
+MAX_IN_VAIN = 5  # groups in a row: see submit_all
 OnGroup = Callable[[Records], object] | None
 
 
 def submit_all(
     client: Client, results: Results, on_group: OnGroup = None, stop: Event | None = None
 ) -> None:
-    """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent, until none is left.
 
     A group is up to 50 requests, sent in one call. on_group gets the records of each group
-    after its submission. LockedOut or sqlite3.Error ends it at once, without on_group. At a
-    count of five it ends with NotAccepted or Uncertain: a group that is accepted or refused
-    sets the count to 0; one that is not accepted adds 1; one that is Unknown adds its size.
+    after its submission. If stop is set, the group under way ends, and the rest stays Not sent.
+    LockedOut or sqlite3.Error ends it at once, without on_group. NotAccepted or Uncertain ends
+    it after five groups in a row that were neither accepted nor refused; one that is Unknown
+    counts once for each of its requests.
     """
     stop = stop or Event()
-    # An id that other records have already would lead to the answers to other questions.
     client.given_ids.update(each.group_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
@@ -528,10 +529,10 @@ def submit_all(
 
 
 def claim(results: Results, records: Records) -> Records:
-    """Save as Unknown those that are Not sent still, and return them, to be submitted.
+    """Save as Unknown, just before they are sent, those that are Not sent; return these.
 
-    Whatever comes from here on, they must not be sent again. Another thread may have claimed
-    some of them, or saved a new record in the place of one.
+    After a crash from here on they stay Unknown, so that no run sends them twice. Another
+    thread may have some of the others, or have saved a new record in the place of one.
     """
     claimed = []
     with results.lock:

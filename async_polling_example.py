@@ -141,8 +141,8 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing, and can be made again; LockedOut means not now. A 2xx is odd if it is
-    no JSON object, or lacks what the endpoint promises.
+    A poll costs nothing, and is made again after any of them; LockedOut means: not now. A 2xx
+    is odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
 
@@ -187,7 +187,8 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        self.given_ids: set[str | None] = set()  # to notice one that comes twice
+        # One that is given twice would bring the answer to another question.
+        self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
@@ -423,7 +424,7 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: a custom id is there twice, or is no text. TypeError: it is not JSON.
+        ValueError: a custom id is there twice, or is no text. TypeError: a record is no JSON.
         """
         given = {}
         for record in records:
@@ -434,7 +435,7 @@ class Results:
             self.save([given[key] for key in given if key not in self.records])
 
     def save(self, records: Iterable[Record], **changes: object) -> None:
-        """Change these fields of the records and save them, all or none.
+        """Save the records with these changes to their fields, all or none.
 
         A record takes the place of the one with its custom id. To ask again, save a new one.
         """
@@ -477,23 +478,23 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # the count at which submit_all gives up: see there
+MAX_IN_VAIN = 5  # batches in a row: see submit_all
 OnRecord = Callable[[Record], object] | None
 
 
 def submit_all(
     client: Client, results: Results, on_record: OnRecord = None, stop: Event | None = None
 ) -> None:
-    """Submit all that is Not sent, until none is left. If stop is set, the rest stays Not sent.
+    """Submit all that is Not sent, until none is left.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread.
-    LockedOut or sqlite3.Error ends it after the batch, of which some may miss on_record. At a
-    count of five it ends with NotAccepted or Uncertain: a batch in which something is accepted
-    or refused sets the count to 0; any other adds 1, or its number of Unknown ones if greater.
+    have ended. on_record gets each record after its submission, in the caller's thread. If stop
+    is set, the batch under way ends, and the rest stays Not sent. LockedOut or sqlite3.Error
+    ends it after the batch, too; some of it may miss on_record. NotAccepted or Uncertain ends
+    it after five batches in a row in which nothing was accepted or refused; a batch with
+    several Unknown requests counts once for each.
     """
     stop = stop or Event()
-    # An id that another record has already would lead to the answer to another question.
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
@@ -517,6 +518,7 @@ def submit_all(
             elif states[NOT_SENT] or states[UNKNOWN]:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
+                # Its last request stands for the batch.
                 kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
                 raise kind(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
@@ -524,10 +526,10 @@ def submit_all(
 
 
 def claim(results: Results, record: Record) -> bool:
-    """Save a record as Unknown, as it is sent next; False: it is not Not sent any more.
+    """Save a record as Unknown, just before it is sent; False: another thread has it already.
 
-    Whatever comes from here on, it must not be sent again. Another thread may have claimed it
-    before, or saved a new record in its place.
+    After a crash from here on it stays Unknown, so that no run sends it twice. False also if
+    another thread has saved a new record in its place.
     """
     with results.lock:
         is_current = results.records[record.custom_id] is record
