@@ -488,11 +488,11 @@ def submit_all(
     """Submit all that is Not sent, until none is left.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread. If stop
-    is set, the batch under way ends, and the rest stays Not sent. LockedOut or sqlite3.Error
-    ends it after the batch, too; some of it may miss on_record. NotAccepted or Uncertain ends
-    it after five batches in a row in which nothing was accepted or refused; a batch with
-    several Unknown requests counts once for each.
+    have ended. on_record gets each record after its submission, in the caller's thread. Once
+    stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
+    stays Not sent (after an error, some may miss on_record). NotAccepted or Uncertain, as the
+    last one ended, is raised after five batches in a row in which nothing was accepted or
+    refused; a batch with several Unknown requests counts once for each.
     """
     stop = stop or Event()
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
@@ -518,7 +518,6 @@ def submit_all(
             elif states[NOT_SENT] or states[UNKNOWN]:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                # Its last request stands for the batch.
                 kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
                 raise kind(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
