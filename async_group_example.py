@@ -265,14 +265,15 @@ class Client:
     def read_reply(self, method: str, response: Response) -> Json:
         """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
-        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         reply = None
         with suppress(ValueError, RecursionError):
+            # Written anew before the key is taken out, as it could be escaped
+            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(reply, dict):
             return reply
         message = find(reply, str, "error", "message")
-        reason = f"HTTP {status}: {message or text}"
+        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(Exception):  # what can't be read is ignored
@@ -348,6 +349,8 @@ class Record:
 
     def update(self, generation: Json) -> None:
         """Note what the API says of the generation."""
+        if self.state == SUCCESS:  # by another copy of it, or by another thread's poll
+            return
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
@@ -514,9 +517,9 @@ def submit_all(
         group = claim(results, unsent[:MAX_GROUP_SIZE])
         if group:
             submit(client, results, group)
-            if on_group:
-                on_group(group)
         states = Counter(record.state for record in group)
+        if group and on_group:
+            on_group(group)
         if states.keys() - {NOT_SENT, UNKNOWN}:
             in_vain = 0
         elif states:
@@ -604,21 +607,26 @@ def poll(client: Client, results: Results, group: Records) -> None:
     """Poll a group, and save it. What answers none of its questions is added to it."""
     try:
         generations = client.fetch_group(str(group[0].group_id))
-        for record in group:
-            record.error = None  # of an earlier poll
-        for generation in generations:
-            found = match(generation, group, results)
-            if found and found.state != SUCCESS:  # of two copies, that with an answer counts
-                found.generation_id = find(generation, str, "id") or found.generation_id
-                found.update(generation)
+        with results.lock:
+            mark(group, None)  # the error of an earlier poll
+            for generation in generations:
+                found = match(generation, group, results)
+                if found:
+                    found.update(generation)
     except ApiError as error:
-        for record in group:
-            record.error = str(error)
+        mark(group, str(error))
         if isinstance(error, LockedOut):
             raise
     with results.lock:  # without those that were asked again meanwhile
         held = [each for each in group if results.records.get(each.custom_id, each) is each]
         results.save(held)
+
+
+def mark(group: Records, error: str | None) -> None:
+    """Set the error of what is Pending."""
+    for record in group:
+        if record.outcome == PENDING:
+            record.error = error
 
 
 def match(generation: Json, group: Records, results: Results) -> Record | None:
@@ -633,13 +641,19 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
     key = custom_id or generation_id
     for record in group:
         if key and key in (record.custom_id, record.generation_id):
+            if generation_id and record.state != SUCCESS:
+                record.generation_id = generation_id
             return record
-    known_ids = {each.generation_id for each in list(results.records.values())}
-    if custom_id in results.records or generation_id in known_ids | results.records.keys():
+    if custom_id in results.records or generation_id in results.records:
         return None
     if generation["state"] not in FINAL or not re.fullmatch(ID_PATTERN, generation_id or ""):
         return None
-    record = Record(generation_id, "", {}, group_id=group[0].group_id, state=QUEUED)
+    for record in results.records.values():
+        if record.generation_id == generation_id:  # and is final already
+            return None
+    record = Record(generation_id, "", {}, state=QUEUED)
+    record.group_id = group[0].group_id
+    record.generation_id = generation_id
     group.append(record)
     return record
 
@@ -993,7 +1007,8 @@ def end_run(screen: Screen) -> bool:
         screen.notes.append(f"The results can't be written: {error}")
         for record in records:
             if record.group_id:
-                print(f"{record.custom_id}: {record.group_id}", file=sys.stderr)
+                with suppress(OSError):
+                    print(f"{record.custom_id}: {record.group_id}", file=sys.stderr)
     answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
     try:
         print()

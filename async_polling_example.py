@@ -259,14 +259,15 @@ class Client:
     def read_reply(self, method: str, response: Response) -> Json:
         """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
-        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         reply = None
         with suppress(ValueError, RecursionError):
+            # Written anew before the key is taken out, as it could be escaped
+            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(reply, dict):
             return reply
         message = find(reply, str, "error", "message")
-        reason = f"HTTP {status}: {message or text}"
+        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         retry = Retry()
         retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(Exception):  # what can't be read is ignored
@@ -341,6 +342,8 @@ class Record:
 
     def update(self, generation: Json) -> None:
         """Note what the API says of the generation."""
+        if self.state == SUCCESS:  # by another copy of it, or by another thread's poll
+            return
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
@@ -608,9 +611,11 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
-        record.update(generation)
+        with results.lock:
+            record.update(generation)
     except ApiError as error:
-        record.error = str(error)
+        if record.outcome == PENDING:
+            record.error = str(error)
         if isinstance(error, LockedOut):
             raise
     with results.lock:
@@ -979,7 +984,8 @@ def end_run(screen: Screen) -> bool:
         screen.notes.append(f"The results can't be written: {error}")
         for record in records:
             if record.generation_id:
-                print(f"{record.custom_id}: {record.generation_id}", file=sys.stderr)
+                with suppress(OSError):
+                    print(f"{record.custom_id}: {record.generation_id}", file=sys.stderr)
     answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
     try:
         screen.clear()
