@@ -315,6 +315,21 @@ def test_an_id_of_an_earlier_run_is_none(parts: Any, api: LocalApi) -> None:
     assert results.records["new"].outcome == "Unknown"
 
 
+def test_an_answer_stays_whatever_another_poll_brings(parts: Any, api: LocalApi) -> None:
+    client, results = parts.Client(), results_of(parts, "Why?")
+    parts.submit_all(client, results)
+    record = results.records["q0"]
+
+    def late(_: str) -> None:
+        record.update({"state": "Success", "response": {"id": "mine"}})  # by another thread
+        raise parts.Uncertain("a late error")
+
+    client.fetch_generation = client.fetch_group = late
+    parts.poll_all(client, results)
+    record.update({"state": "In Progress"})
+    assert (record.state, record.error) == ("Success", None)
+
+
 BAD: dict[str, Json] = {
     "two of one id": {"custom_id": "good"},
     "what is no JSON": {"request": {"messages": {1, 2}}},
