@@ -273,6 +273,7 @@ def test_add_leaves_what_is_known_as_it_is(parts: Any, tmp_path: Path) -> None:
     parts.poll_all(parts.Client(), results)
     before = vars(results.records["q0"]).copy()
     results.add([parts.new_record("q0", "Another?"), parts.new_record("q1", "New?")])
+    assert results.connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     results.close()
     kept = parts.Results(tmp_path / "my.db")
     assert vars(kept.records["q0"]) == before
