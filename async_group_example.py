@@ -11,12 +11,12 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: it is sent again, now or in another run
+                   +-> Not sent    certainly not accepted: sent again, now or in another run
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it (--retry unknown). As
-long as it has an id and is not final, Record.outcome calls it Pending.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). As long as it
+has an id and is not final, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -406,8 +406,8 @@ class Results:
     """The SQLite file that keeps the records. Threads can share it, processes can't.
 
     records has them by custom id, in the order in which they were added; while another thread
-    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be read or
-    written.
+    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be
+    read or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -458,6 +458,10 @@ class Results:
             for record in records:  # in memory only once it is on file
                 vars(record).update(changes)
                 self.records[record.custom_id] = record
+
+    def is_current(self, record: Record) -> bool:
+        """Tell whether no other record was saved in the place of this one."""
+        return self.records.get(record.custom_id, record) is record
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
@@ -540,8 +544,7 @@ def claim(results: Results, records: Records) -> Records:
     claimed = []
     with results.lock:
         for record in records:
-            is_current = results.records[record.custom_id] is record
-            if is_current and record.outcome == NOT_SENT:
+            if results.is_current(record) and record.outcome == NOT_SENT:
                 claimed.append(record)
         reason = "perhaps sent: what came of it was not saved"
         results.save(claimed, state=UNKNOWN, error=reason)
@@ -607,19 +610,18 @@ def poll(client: Client, results: Results, group: Records) -> None:
     """Poll a group, and save it. What answers none of its questions is added to it."""
     try:
         generations = client.fetch_group(str(group[0].group_id))
-        with results.lock:
-            mark(group, None)  # the error of an earlier poll
-            for generation in generations:
-                found = match(generation, group, results)
-                if found:
-                    found.update(generation)
     except ApiError as error:
         mark(group, str(error))
         if isinstance(error, LockedOut):
             raise
-    with results.lock:  # without those that were asked again meanwhile
-        held = [each for each in group if results.records.get(each.custom_id, each) is each]
-        results.save(held)
+        return
+    with results.lock:
+        mark(group, None)  # the error of an earlier poll
+        for generation in generations:
+            record = match(generation, group, results)
+            if record:
+                record.update(generation)
+        results.save([each for each in group if results.is_current(each)])
 
 
 def mark(group: Records, error: str | None) -> None:
@@ -843,9 +845,8 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
         for record in records
         if record.error and record.error not in "".join(notes)
     )
-    for reason, count in reasons.most_common(MAX_ROWS):
-        notes.append(f"{count} {reason}")
-    for note in notes:
+    counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
+    for note in notes + counted:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
     kinds = Counter(kind_of(record) for record in records)
     for advice in dict.fromkeys(ADVICE[kind] for kind in ADVICE if kinds[kind]):
@@ -1009,7 +1010,8 @@ def end_run(screen: Screen) -> bool:
             if record.group_id:
                 with suppress(OSError):
                     print(f"{record.custom_id}: {record.group_id}", file=sys.stderr)
-    answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
+    succeeded = len(results.with_outcome(SUCCESS))
+    answered = succeeded - screen.answered_before
     try:
         print()
         print_title("GROUP GENERATION SUMMARY")
@@ -1021,7 +1023,9 @@ def end_run(screen: Screen) -> bool:
         print_title(title)
     except OSError:  # stdout is closed or full
         return False
-    return title.startswith("Generation complete")
+    if screen.notes:
+        return False
+    return succeeded == len(records)
 
 
 def main() -> int:

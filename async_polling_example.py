@@ -11,12 +11,12 @@
 The life of a request, in the words of Record.state:
 
     Not sent -> Unknown -> Queued -> In Progress -> Success, or Failed
-                   +-> Not sent    certainly not accepted: it is sent again, now or in another run
+                   +-> Not sent    certainly not accepted: sent again, now or in another run
                    +-> Failed      refused
 
 It is saved as Unknown just before it is sent, and stays Unknown if no clear answer comes: it
-may be paid for, and is not sent again unless you ask for it (--retry unknown). As
-long as it has an id and is not final, Record.outcome calls it Pending.
+may be paid for, and is not sent again unless you ask for it (--retry unknown). As long as it
+has an id and is not final, Record.outcome calls it Pending.
 
 The parts of this file:
 
@@ -399,8 +399,8 @@ class Results:
     """The SQLite file that keeps the records. Threads can share it, processes can't.
 
     records has them by custom id, in the order in which they were added; while another thread
-    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be read or
-    written.
+    adds records, read them by with_outcome. sqlite3.Error: the file is in use, or can't be
+    read or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -451,6 +451,10 @@ class Results:
             for record in records:  # in memory only once it is on file
                 vars(record).update(changes)
                 self.records[record.custom_id] = record
+
+    def is_current(self, record: Record) -> bool:
+        """Tell whether no other record was saved in the place of this one."""
+        return self.records.get(record.custom_id, record) is record
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
@@ -534,8 +538,7 @@ def claim(results: Results, record: Record) -> bool:
     another thread has saved a new record in its place.
     """
     with results.lock:
-        is_current = results.records[record.custom_id] is record
-        if not is_current or record.outcome != NOT_SENT:
+        if not results.is_current(record) or record.outcome != NOT_SENT:
             return False
         reason = "perhaps sent: what came of it was not saved"
         results.save([record], state=UNKNOWN, error=reason)
@@ -611,16 +614,15 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
-        with results.lock:
-            record.update(generation)
     except ApiError as error:
         if record.outcome == PENDING:
             record.error = str(error)
         if isinstance(error, LockedOut):
             raise
+        return record
     with results.lock:
-        is_current = results.records[record.custom_id] is record  # not asked again meanwhile
-        if is_current and record.state in FINAL:
+        record.update(generation)
+        if results.is_current(record) and record.state in FINAL:
             results.save([record])
     return record
 
@@ -818,9 +820,8 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
         for record in records
         if record.error and record.error not in "".join(notes)
     )
-    for reason, count in reasons.most_common(MAX_ROWS):
-        notes.append(f"{count} {reason}")
-    for note in notes:
+    counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
+    for note in notes + counted:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
     kinds = Counter(kind_of(record) for record in records)
     for advice in dict.fromkeys(ADVICE[kind] for kind in ADVICE if kinds[kind]):
@@ -986,7 +987,8 @@ def end_run(screen: Screen) -> bool:
             if record.generation_id:
                 with suppress(OSError):
                     print(f"{record.custom_id}: {record.generation_id}", file=sys.stderr)
-    answered = len(results.with_outcome(SUCCESS)) - screen.answered_before
+    succeeded = len(results.with_outcome(SUCCESS))
+    answered = succeeded - screen.answered_before
     try:
         screen.clear()
         print()
@@ -999,7 +1001,9 @@ def end_run(screen: Screen) -> bool:
         print_title(title)
     except OSError:  # stdout is closed or full
         return False
-    return title.startswith("Generation complete")
+    if screen.notes:
+        return False
+    return succeeded == len(records)
 
 
 def main() -> int:
