@@ -194,7 +194,6 @@ def test_a_submission_that_is_refused_or_unknown_is_sent_once(single: Example) -
     name_requests(single, SUBMISSIONS)
     met = meet(single.api, SUBMISSIONS, polls=False)
     single.edit(MAX_IN_VAIN=99, MAX_CONCURRENT_POLLS=60)  # all are under way at once
-    single.api.delay_seconds = 0.5
     run = single.run()
     check(run, SUBMISSIONS, by_name(single, run))
     assert met == dict.fromkeys(SUBMISSIONS, 1)
@@ -263,11 +262,9 @@ DEEP = json.loads("[" * 500 + "]" * 500)
 # What a generation says in place of its proper words
 GENERATIONS: dict[str, tuple[Json, str, str]] = {
     "a state that nobody knows": ({"state": "Expired"}, "Pending", "Expired"),
-    "a state that is the key": ({"state": API_KEY}, "Pending", "[API key]"),
     "Success, no response": ({"response": None}, "Pending", "no response"),
     "In Progress, half an answer": (HALF, "Pending", ""),
     "Failed, and why": (fails("too hot"), "Failed", "too hot"),
-    "Failed, in colour": (fails("\x1b[31mred\x1b[0m\r\n"), "Failed", "red"),
     "Failed, and not why": (fails(None), "Failed", "no reason"),
     "an answer of NaN": (says(float("nan")), "Success", ""),
     "an answer with the key": (says(API_KEY), "Success", ""),

@@ -305,6 +305,7 @@ def test_a_constant_is_named_with_its_value(single: Example, name: str) -> None:
 VARIABLES = {
     "no key": ("INFERENCE_API_KEY", None, r"set INFERENCE_API_KEY to .*local_api\.py"),
     "a key in words": ("INFERENCE_API_KEY", "my xyz", "INFERENCE_API_KEY"),
+    "a key in quotes": ("INFERENCE_API_KEY", '"xyz"', "INFERENCE_API_KEY"),
     "http elsewhere": ("INFERENCE_BASE_URL", "http://xyz.net/v1", "INFERENCE_BASE_URL"),
 }
 

@@ -297,6 +297,14 @@ def test_a_full_disk_costs_no_id(example: Example, is_sent: bool) -> None:
     assert all(each in run.stdout + run.stderr for each in given_out(example))
 
 
+def test_answers_that_cannot_be_written_are_a_fault(example: Example) -> None:
+    path = put_on_file(example, "Success")
+    path.with_suffix(".tmp").mkdir()  # where the .jsonl is written first
+    run = example.run("--resume", str(path))
+    assert run.code == 1
+    assert "Not complete" in run.stdout
+
+
 @pytest.mark.parametrize(("lines", "method"), [(1, "POST"), (12, "GET")])
 def test_a_reader_goes_away_quietly(example: Example, lines: int, method: str) -> None:
     gate = Gate(method)  # so that not all is printed before
