@@ -49,7 +49,6 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from numbers import Integral, Real
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
@@ -254,9 +253,8 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:
-                raise self.error(NotAccepted, reason) from None
-            raise self.error(Uncertain, reason) from None
+            is_unread = upload and upload.tell() == 0
+            raise self.error(NotAccepted if is_unread else Uncertain, reason) from None
         # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -265,37 +263,32 @@ class Client:
     def read_reply(self, method: str, response: Response) -> Json:
         """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
+        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         reply = None
         with suppress(ValueError, RecursionError):
-            # Written anew before the key is taken out, as it could be escaped
-            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(reply, dict):
             return reply
         message = find(reply, str, "error", "message")
-        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
-        retry = Retry()
-        retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
+        reason = f"HTTP {status}: {message or text}"
+        pause_seconds = 0.0
         with suppress(Exception):  # what can't be read is ignored
-            self.note_pause(retry.get_retry_after(response.raw) or 0)
+            pause_seconds = Retry().get_retry_after(response.raw) or 0.0
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
             reason += " (check INFERENCE_API_KEY, and your credit)"
         elif status == 429:
             kind = NotAccepted
-            self.note_pause(1)  # at least, whatever Retry-After says
+            pause_seconds = max(1.0, pause_seconds)
         elif 300 <= status < 500 and status != 408:
             kind = Refused
+        self.paused_until = max(self.paused_until, monotonic() + pause_seconds)
         raise self.error(kind, reason)
 
     def error(self, kind: type[ApiError], reason: str) -> ApiError:
         """Make an error, without the key."""
         return kind(reason.replace(self.api_key, "[API key]")[:500])
-
-    def note_pause(self, seconds: float) -> None:
-        """Note that no call is wanted for so many seconds. It does not wait."""
-        self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
         """Return what remains of the pause. LockedOut: it is more than two minutes."""
@@ -434,12 +427,12 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: a custom id is there twice, or is no text. TypeError: a record is no JSON.
+        ValueError: two have the same custom id. TypeError: a record is no JSON.
         """
         given = {}
         for record in records:
-            if not isinstance(record.custom_id, str) or record.custom_id in given:
-                raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
+            if record.custom_id in given:
+                raise ValueError(f"two requests have the custom id {record.custom_id!r}")
             given[record.custom_id] = record
         with self.lock:
             self.save([given[key] for key in given if key not in self.records])
@@ -459,14 +452,10 @@ class Results:
                 vars(record).update(changes)
                 self.records[record.custom_id] = record
 
-    def is_current(self, record: Record) -> bool:
-        """Tell whether no other record was saved in the place of this one."""
-        return self.records.get(record.custom_id, record) is record
-
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
-        with self.lock:
-            return [each for each in self.records.values() if each.outcome == outcome]
+        records = list(self.records.values())  # a copy, as another thread may add some
+        return [record for record in records if record.outcome == outcome]
 
     def close(self) -> None:
         """Close the file, so that another process can open it."""
@@ -504,9 +493,9 @@ def submit_all(
 
     A group is up to 50 requests, sent in one call. on_group gets the records of each group
     after its submission. If stop is set, the group under way ends, and the rest stays Not sent.
-    LockedOut or sqlite3.Error ends it at once, without on_group. NotAccepted or Uncertain ends
-    it after five groups in a row that were neither accepted nor refused; one that is Unknown
-    counts once for each of its requests.
+    LockedOut or sqlite3.Error ends it at once, without on_group. ApiError ends it after five
+    groups in a row that were neither accepted nor refused; one that is Unknown counts once for
+    each of its requests.
     """
     stop = stop or Event()
     client.given_ids.update(each.group_id for each in list(results.records.values()))
@@ -515,12 +504,9 @@ def submit_all(
     while unsent:
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         stop.wait(random.uniform(0, 2**in_vain - 1))
-        wait_for_pause(client, stop)
-        if stop.is_set():
+        if wait_for_pause(client, stop):
             return
-        group = claim(results, unsent[:MAX_GROUP_SIZE])
-        if group:
-            submit(client, results, group)
+        group = submit(client, results, unsent[:MAX_GROUP_SIZE])
         states = Counter(record.state for record in group)
         if group and on_group:
             on_group(group)
@@ -529,26 +515,9 @@ def submit_all(
         elif states:
             in_vain += max(1, states[UNKNOWN])
         if in_vain >= MAX_IN_VAIN:
-            kind = Uncertain if group[-1].state == UNKNOWN else NotAccepted
-            raise kind(group[-1].error)
+            raise ApiError(group[-1].error)
         # At the end of the list, start again with those that were not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
-
-
-def claim(results: Results, records: Records) -> Records:
-    """Save as Unknown, just before they are sent, those that are Not sent; return these.
-
-    After a crash from here on they stay Unknown, so that no run sends them twice. Another
-    thread may have some of the others, or have saved a new record in the place of one.
-    """
-    claimed = []
-    with results.lock:
-        for record in records:
-            if results.is_current(record) and record.outcome == NOT_SENT:
-                claimed.append(record)
-        reason = "perhaps sent: what came of it was not saved"
-        results.save(claimed, state=UNKNOWN, error=reason)
-    return claimed
 
 
 STATE_AFTER = {
@@ -559,8 +528,21 @@ STATE_AFTER = {
 }
 
 
-def submit(client: Client, results: Results, group: Records) -> None:
-    """Submit a group, and save what has come of it."""
+def submit(client: Client, results: Results, records: Records) -> Records:
+    """Submit records as a group, and save what has come of them.
+
+    Return those that were submitted: another thread may have taken some.
+    """
+    group = []
+    with results.lock:
+        for record in records:
+            is_current = results.records[record.custom_id] is record  # and was not saved anew
+            if is_current and record.state == NOT_SENT:
+                group.append(record)
+        # After a crash from here on they stay Unknown, so that no run sends them twice.
+        results.save(group, state=UNKNOWN, error="perhaps sent: its end was not saved")
+    if not group:
+        return group
     try:
         group_id = client.submit_group([record.request for record in group])
         with results.lock:  # so that no other thread polls it before it is saved
@@ -572,6 +554,7 @@ def submit(client: Client, results: Results, group: Records) -> None:
         results.save(group, state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
             raise
+    return group
 
 
 def poll_all(
@@ -586,7 +569,7 @@ def poll_all(
 
     A round polls each group once. Rounds begin interval_seconds apart, or later if one takes
     longer. A poll that fails leaves its reason in record.error, and is made again in the next
-    round. on_group gets what was Pending in a group after each poll, final or not. If stop is
+    round. on_group gets the records of a group after each poll, final or not. If stop is
     set, the rest stays Pending. LockedOut or sqlite3.Error ends it at once.
     """
     stop = stop or Event()
@@ -597,38 +580,34 @@ def poll_all(
             return
         next_round_at = monotonic() + interval_seconds
         for group_id in dict.fromkeys(record.group_id for record in pending):
-            wait_for_pause(client, stop)
-            if stop.is_set():
+            if wait_for_pause(client, stop):
                 return
-            group = [record for record in pending if record.group_id == group_id]
-            poll(client, results, group)
+            group = poll(client, results, str(group_id))
             if on_group:
                 on_group(group)
 
 
-def poll(client: Client, results: Results, group: Records) -> None:
-    """Poll a group, and save it. What answers none of its questions is added to it."""
+def poll(client: Client, results: Results, group_id: str) -> Records:
+    """Poll a group, save its records, and return them. It may get more: see match."""
+    generations = []
+    reason = None
     try:
-        generations = client.fetch_group(str(group[0].group_id))
+        generations = client.fetch_group(group_id)
+    except LockedOut:
+        raise
     except ApiError as error:
-        mark(group, str(error))
-        if isinstance(error, LockedOut):
-            raise
-        return
+        reason = str(error)
     with results.lock:
-        mark(group, None)  # the error of an earlier poll
+        group = [each for each in results.records.values() if each.group_id == group_id]
+        for record in group:
+            if record.outcome == PENDING:
+                record.error = reason
         for generation in generations:
-            record = match(generation, group, results)
-            if record:
-                record.update(generation)
-        results.save([each for each in group if results.is_current(each)])
-
-
-def mark(group: Records, error: str | None) -> None:
-    """Set the error of what is Pending."""
-    for record in group:
-        if record.outcome == PENDING:
-            record.error = error
+            found = match(generation, group, results)
+            if found:
+                found.update(generation)
+        results.save(group)
+    return group
 
 
 def match(generation: Json, group: Records, results: Results) -> Record | None:
@@ -646,24 +625,21 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
             if generation_id and record.state != SUCCESS:
                 record.generation_id = generation_id
             return record
-    if custom_id in results.records or generation_id in results.records:
+    is_known = custom_id in results.records or generation_id in results.records
+    if is_known or generation["state"] not in FINAL:
         return None
-    if generation["state"] not in FINAL or not re.fullmatch(ID_PATTERN, generation_id or ""):
+    if not re.fullmatch(ID_PATTERN, generation_id or ""):
         return None
-    for record in results.records.values():
-        if record.generation_id == generation_id:  # and is final already
-            return None
-    record = Record(generation_id, "", {}, state=QUEUED)
-    record.group_id = group[0].group_id
-    record.generation_id = generation_id
+    record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
     group.append(record)
     return record
 
 
-def wait_for_pause(client: Client, stop: Event) -> None:
-    """Wait until the client's pause is over, or stop is set; LockedOut if it is too long."""
-    while not stop.is_set() and client.pause_seconds():
+def wait_for_pause(client: Client, stop: Event) -> bool:
+    """Wait until the client's pause is over, or stop is set; return whether it is set."""
+    while client.pause_seconds() and not stop.is_set():
         stop.wait(client.pause_seconds())  # in a loop, as another thread may make it longer
+    return stop.is_set()
 
 
 # --- The screen: everything that prints
@@ -672,16 +648,6 @@ MARKS = {SUCCESS: "✓", FAILED: "✗", UNKNOWN: "?", PENDING: "…", NOT_SENT: 
 COLUMNS = shutil.get_terminal_size().columns
 MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
-GO_ON = "To go on (a run without --resume pays for everything again):\n      {}"
-ADVICE = {
-    PENDING: GO_ON,
-    NOT_SENT: GO_ON,
-    FAILED: "To ask again what failed:\n      {} --retry failed",
-    UNKNOWN: "What is unknown may be paid for: see the dashboard first. To ask it again:\n"
-    "      {} --retry unknown",
-    CUT_OFF: "To ask again what is cut off, first set a larger MAX_TOKENS:\n"
-    "      {} --retry cut-off",
-}
 
 
 def printable(text: str) -> str:
@@ -792,8 +758,8 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
-            count: int = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
+            count = find(response, int, "usage", f"{name}_tokens") or 0
+            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -849,8 +815,19 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
     for note in notes + counted:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
     kinds = Counter(kind_of(record) for record in records)
-    for advice in dict.fromkeys(ADVICE[kind] for kind in ADVICE if kinds[kind]):
-        print(f"\n  {advice.format(command)}")
+    if kinds[PENDING] or kinds[NOT_SENT]:
+        print("\n  To go on (a run without --resume pays for everything again):")
+        print(f"      {command}")
+    if kinds[FAILED]:
+        print(f"\n  To ask again what failed:\n      {command} --retry failed")
+    if kinds[UNKNOWN]:
+        print(
+            "\n  What is unknown may be paid for: see the dashboard first. To ask it again:"
+        )
+        print(f"      {command} --retry unknown")
+    if kinds[CUT_OFF]:
+        print("\n  To ask again what is cut off, first set a larger MAX_TOKENS:")
+        print(f"      {command} --retry cut-off")
     del kinds[SUCCESS]
     cut_off = kinds.pop(CUT_OFF, 0)
     if kinds or notes:
@@ -863,26 +840,24 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
 # --- The script: the command line, the files of a run, main
 
 PREFIX = "async-group"  # of the names of results files
-TYPES = {
-    "NUM_REQUESTS": Integral,
-    "MODEL_ID": str,
-    "MAX_TOKENS": Integral,
-    "POLL_INTERVAL_SECONDS": Real,
-    "MAX_POLL_ATTEMPTS": Integral,
-    "REQUEST_TIMEOUT_SECONDS": Real,
-    "RESULTS_DIR": str,
-}
+NUMBERS = (
+    "NUM_REQUESTS",
+    "MAX_TOKENS",
+    "POLL_INTERVAL_SECONDS",
+    "MAX_POLL_ATTEMPTS",
+    "REQUEST_TIMEOUT_SECONDS",
+)
 
 
 def check_configuration() -> None:
     """Raise ValueError for a constant that can't be used, with its name and value."""
-    for name, expected in TYPES.items():
+    for name in NUMBERS:
         value = globals()[name]
-        size = len(value) if isinstance(value, str) else value
-        if not isinstance(value, expected) or not 0 < size <= 1_000_000:
+        kind = (int, float) if name.endswith("_SECONDS") else (int,)
+        if not isinstance(value, kind) or not 0 < value <= 1_000_000:
             raise ValueError(
-                f"{name} = {value!r} can't be used: a number must be above 0, at most 1,000,000, "
-                "and whole unless it is seconds; a name must be a text in quotes"
+                f"{name} = {value!r} can't be used: it must be a number above 0, at most "
+                "1,000,000, and whole unless it is seconds"
             )
 
 
@@ -905,9 +880,8 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
-        step = "load_questions"
         results.add(records)
-    except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 
@@ -917,12 +891,7 @@ def open_results(name: str) -> Results:
     path = Path(f"{os.path.splitext(name)[0]}.db")
     if not path.is_file():
         raise ValueError(f"--resume {name!r}: there is no file {path}")
-    try:
-        results = Results(path)
-    except sqlite3.Error as error:
-        raise ValueError(
-            f"{path} is in use by another run, or can't be used: {error}"
-        ) from error
+    results = Results(path)
     if not results.records:
         raise ValueError(f"there are no requests in {path}")
     return results
@@ -1049,8 +1018,11 @@ def main() -> int:
         results = new_results() if options.resume is None else open_results(options.resume)
         if options.retry:
             renew(results, options.retry)
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except (OSError, sqlite3.Error) as error:
+        reason = f"{options.resume} is in use by another run, or can't be used: {error}"
+        parser.exit(2, f"{parser.prog}: {reason}\n")
     stop = Event()
     stop_on_signals(stop)
     screen = Screen(results)

@@ -44,12 +44,12 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from numbers import Integral, Real
+from functools import partial
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
@@ -248,9 +248,8 @@ class Client:
             while cause.__context__:  # the first error says why, the others wrap it
                 cause = cause.__context__
             reason = f"no answer from {self.base_url}: {cause!r} (check network and address)"
-            if upload and upload.tell() == 0:
-                raise self.error(NotAccepted, reason) from None
-            raise self.error(Uncertain, reason) from None
+            is_unread = upload and upload.tell() == 0
+            raise self.error(NotAccepted if is_unread else Uncertain, reason) from None
         # A connection is not used again after a 1xx status: the real reply may still come.
         if response.status_code >= 200:
             self.idle_sessions.append(session)
@@ -259,37 +258,32 @@ class Client:
     def read_reply(self, method: str, response: Response) -> Json:
         """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
+        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         reply = None
         with suppress(ValueError, RecursionError):
-            # Written anew before the key is taken out, as it could be escaped
-            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(reply, dict):
             return reply
         message = find(reply, str, "error", "message")
-        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
-        retry = Retry()
-        retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
+        reason = f"HTTP {status}: {message or text}"
+        pause_seconds = 0.0
         with suppress(Exception):  # what can't be read is ignored
-            self.note_pause(retry.get_retry_after(response.raw) or 0)
+            pause_seconds = Retry().get_retry_after(response.raw) or 0.0
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
             reason += " (check INFERENCE_API_KEY, and your credit)"
         elif status == 429:
             kind = NotAccepted
-            self.note_pause(1)  # at least, whatever Retry-After says
+            pause_seconds = max(1.0, pause_seconds)
         elif 300 <= status < 500 and status != 408:
             kind = Refused
+        self.paused_until = max(self.paused_until, monotonic() + pause_seconds)
         raise self.error(kind, reason)
 
     def error(self, kind: type[ApiError], reason: str) -> ApiError:
         """Make an error, without the key."""
         return kind(reason.replace(self.api_key, "[API key]")[:500])
-
-    def note_pause(self, seconds: float) -> None:
-        """Note that no call is wanted for so many seconds. It does not wait."""
-        self.paused_until = max(self.paused_until, monotonic() + seconds)
 
     def pause_seconds(self) -> float:
         """Return what remains of the pause. LockedOut: it is more than two minutes."""
@@ -427,12 +421,12 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: a custom id is there twice, or is no text. TypeError: a record is no JSON.
+        ValueError: two have the same custom id. TypeError: a record is no JSON.
         """
         given = {}
         for record in records:
-            if not isinstance(record.custom_id, str) or record.custom_id in given:
-                raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
+            if record.custom_id in given:
+                raise ValueError(f"two requests have the custom id {record.custom_id!r}")
             given[record.custom_id] = record
         with self.lock:
             self.save([given[key] for key in given if key not in self.records])
@@ -452,14 +446,10 @@ class Results:
                 vars(record).update(changes)
                 self.records[record.custom_id] = record
 
-    def is_current(self, record: Record) -> bool:
-        """Tell whether no other record was saved in the place of this one."""
-        return self.records.get(record.custom_id, record) is record
-
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
-        with self.lock:
-            return [each for each in self.records.values() if each.outcome == outcome]
+        records = list(self.records.values())  # a copy, as another thread may add some
+        return [record for record in records if record.outcome == outcome]
 
     def close(self) -> None:
         """Close the file, so that another process can open it."""
@@ -497,9 +487,9 @@ def submit_all(
     Requests are sent in batches, one for each worker thread; the next batch follows when all
     have ended. on_record gets each record after its submission, in the caller's thread. Once
     stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
-    stays Not sent (after an error, some may miss on_record). NotAccepted or Uncertain, as the
-    last one ended, is raised after five batches in a row in which nothing was accepted or
-    refused; a batch with several Unknown requests counts once for each.
+    stays Not sent (after an error, some may miss on_record). ApiError is raised after five
+    batches in a row in which nothing was accepted or refused; a batch with several Unknown
+    requests counts once for each.
     """
     stop = stop or Event()
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
@@ -509,40 +499,24 @@ def submit_all(
         while unsent:
             # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
             stop.wait(random.uniform(0, 2**in_vain - 1))
-            wait_for_pause(client, stop)
-            if stop.is_set():
+            if wait_for_pause(client, stop):
                 return
+            states = Counter[str]()
             batch = unsent[:MAX_CONCURRENT_POLLS]
-            futures = {pool.submit(submit, client, results, each): each for each in batch}
-            states = Counter[str | None]()
-            for future in as_completed(futures):
-                state = future.result()
-                states[state] += 1
-                if state and on_record:  # None: another thread has taken it
-                    on_record(futures[future])
-            if states.keys() - {None, NOT_SENT, UNKNOWN}:
+            for record in pool.map(partial(submit, client, results), batch):
+                if not record:  # another thread has taken it
+                    continue
+                states[record.state] += 1
+                if on_record:
+                    on_record(record)
+            if states.keys() - {NOT_SENT, UNKNOWN}:
                 in_vain = 0
-            elif states[NOT_SENT] or states[UNKNOWN]:
+            elif states:
                 in_vain += max(1, states[UNKNOWN])
             if in_vain >= MAX_IN_VAIN:
-                kind = Uncertain if batch[-1].state == UNKNOWN else NotAccepted
-                raise kind(batch[-1].error)
+                raise ApiError(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
-
-
-def claim(results: Results, record: Record) -> bool:
-    """Save a record as Unknown, just before it is sent; False: another thread has it already.
-
-    After a crash from here on it stays Unknown, so that no run sends it twice. False also if
-    another thread has saved a new record in its place.
-    """
-    with results.lock:
-        if not results.is_current(record) or record.outcome != NOT_SENT:
-            return False
-        reason = "perhaps sent: what came of it was not saved"
-        results.save([record], state=UNKNOWN, error=reason)
-    return True
 
 
 STATE_AFTER = {
@@ -553,10 +527,14 @@ STATE_AFTER = {
 }
 
 
-def submit(client: Client, results: Results, record: Record) -> str | None:
-    """Submit one request, save what has come of it, and return its state; None: not sent here."""
-    if not claim(results, record):
-        return None
+def submit(client: Client, results: Results, record: Record) -> Record | None:
+    """Submit one request, and save what has come of it. None: another thread has taken it."""
+    with results.lock:
+        is_current = results.records[record.custom_id] is record  # and was not saved anew
+        if not is_current or record.state != NOT_SENT:
+            return None
+        # After a crash from here on it stays Unknown, so that no run sends it twice.
+        results.save([record], state=UNKNOWN, error="perhaps sent: its end was not saved")
     try:
         generation_id = client.submit_generation(record.request)
         with results.lock:  # so that no other thread polls it before it is saved
@@ -567,7 +545,7 @@ def submit(client: Client, results: Results, record: Record) -> str | None:
         results.save([record], state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
             raise
-    return record.state
+    return record
 
 
 def poll_all(
@@ -595,14 +573,11 @@ def poll_all(
                 return
             next_round_at = monotonic() + interval_seconds
             while pending:
-                wait_for_pause(client, stop)
-                if stop.is_set():
+                if wait_for_pause(client, stop):
                     return
                 batch = pending[:MAX_CONCURRENT_POLLS]
                 pending = pending[MAX_CONCURRENT_POLLS:]
-                futures = [pool.submit(poll, client, results, record) for record in batch]
-                for future in as_completed(futures):
-                    record = future.result()
+                for record in pool.map(partial(poll, client, results), batch):
                     if on_record:
                         on_record(record)
 
@@ -614,23 +589,25 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
+    except LockedOut:
+        raise
     except ApiError as error:
         if record.outcome == PENDING:
             record.error = str(error)
-        if isinstance(error, LockedOut):
-            raise
         return record
     with results.lock:
         record.update(generation)
-        if results.is_current(record) and record.state in FINAL:
+        is_current = results.records[record.custom_id] is record
+        if is_current and record.state in FINAL:
             results.save([record])
     return record
 
 
-def wait_for_pause(client: Client, stop: Event) -> None:
-    """Wait until the client's pause is over, or stop is set; LockedOut if it is too long."""
-    while not stop.is_set() and client.pause_seconds():
+def wait_for_pause(client: Client, stop: Event) -> bool:
+    """Wait until the client's pause is over, or stop is set; return whether it is set."""
+    while client.pause_seconds() and not stop.is_set():
         stop.wait(client.pause_seconds())  # in a loop, as another thread may make it longer
+    return stop.is_set()
 
 
 # --- The screen: everything that prints
@@ -640,16 +617,6 @@ COLUMNS = shutil.get_terminal_size().columns
 IS_TERMINAL = os.isatty(1)
 MAX_ROWS = 50  # of the table, and of reasons
 CUT_OFF = "Cut-off"  # a Success whose answer is cut off
-GO_ON = "To go on (a run without --resume pays for everything again):\n      {}"
-ADVICE = {
-    PENDING: GO_ON,
-    NOT_SENT: GO_ON,
-    FAILED: "To ask again what failed:\n      {} --retry failed",
-    UNKNOWN: "What is unknown may be paid for: see the dashboard first. To ask it again:\n"
-    "      {} --retry unknown",
-    CUT_OFF: "To ask again what is cut off, first set a larger MAX_TOKENS:\n"
-    "      {} --retry cut-off",
-}
 
 
 def printable(text: str) -> str:
@@ -767,8 +734,8 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
     tokens = Counter[str]()
     for response in responses:
         for name in ("prompt", "completion", "total"):
-            count: int = find(response, int, "usage", f"{name}_tokens") or 0
-            tokens[name] += max(0, min(count, 10**9))  # 400 digits could not be averaged
+            count = find(response, int, "usage", f"{name}_tokens") or 0
+            tokens[name] += min(count, 10**9)  # 400 digits could not be averaged
     print(f"""\
       Total:       {total:>4}
 
@@ -824,8 +791,19 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
     for note in notes + counted:
         print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
     kinds = Counter(kind_of(record) for record in records)
-    for advice in dict.fromkeys(ADVICE[kind] for kind in ADVICE if kinds[kind]):
-        print(f"\n  {advice.format(command)}")
+    if kinds[PENDING] or kinds[NOT_SENT]:
+        print("\n  To go on (a run without --resume pays for everything again):")
+        print(f"      {command}")
+    if kinds[FAILED]:
+        print(f"\n  To ask again what failed:\n      {command} --retry failed")
+    if kinds[UNKNOWN]:
+        print(
+            "\n  What is unknown may be paid for: see the dashboard first. To ask it again:"
+        )
+        print(f"      {command} --retry unknown")
+    if kinds[CUT_OFF]:
+        print("\n  To ask again what is cut off, first set a larger MAX_TOKENS:")
+        print(f"      {command} --retry cut-off")
     del kinds[SUCCESS]
     cut_off = kinds.pop(CUT_OFF, 0)
     if kinds or notes:
@@ -838,27 +816,25 @@ def show_ending(records: Records, notes: list[str], command: str) -> str:
 # --- The script: the command line, the files of a run, main
 
 PREFIX = "async-polling"  # of the names of results files
-TYPES = {
-    "NUM_REQUESTS": Integral,
-    "MODEL_ID": str,
-    "MAX_TOKENS": Integral,
-    "POLL_INTERVAL_SECONDS": Real,
-    "MAX_POLL_ATTEMPTS": Integral,
-    "MAX_CONCURRENT_POLLS": Integral,
-    "REQUEST_TIMEOUT_SECONDS": Real,
-    "RESULTS_DIR": str,
-}
+NUMBERS = (
+    "NUM_REQUESTS",
+    "MAX_TOKENS",
+    "POLL_INTERVAL_SECONDS",
+    "MAX_POLL_ATTEMPTS",
+    "MAX_CONCURRENT_POLLS",
+    "REQUEST_TIMEOUT_SECONDS",
+)
 
 
 def check_configuration() -> None:
     """Raise ValueError for a constant that can't be used, with its name and value."""
-    for name, expected in TYPES.items():
+    for name in NUMBERS:
         value = globals()[name]
-        size = len(value) if isinstance(value, str) else value
-        if not isinstance(value, expected) or not 0 < size <= 1_000_000:
+        kind = (int, float) if name.endswith("_SECONDS") else (int,)
+        if not isinstance(value, kind) or not 0 < value <= 1_000_000:
             raise ValueError(
-                f"{name} = {value!r} can't be used: a number must be above 0, at most 1,000,000, "
-                "and whole unless it is seconds; a name must be a text in quotes"
+                f"{name} = {value!r} can't be used: it must be a number above 0, at most "
+                "1,000,000, and whole unless it is seconds"
             )
 
 
@@ -881,9 +857,8 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
-        step = "load_questions"
         results.add(records)
-    except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 
@@ -893,12 +868,7 @@ def open_results(name: str) -> Results:
     path = Path(f"{os.path.splitext(name)[0]}.db")
     if not path.is_file():
         raise ValueError(f"--resume {name!r}: there is no file {path}")
-    try:
-        results = Results(path)
-    except sqlite3.Error as error:
-        raise ValueError(
-            f"{path} is in use by another run, or can't be used: {error}"
-        ) from error
+    results = Results(path)
     if not results.records:
         raise ValueError(f"there are no requests in {path}")
     return results
@@ -1027,8 +997,11 @@ def main() -> int:
         results = new_results() if options.resume is None else open_results(options.resume)
         if options.retry:
             renew(results, options.retry)
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except (OSError, sqlite3.Error) as error:
+        reason = f"{options.resume} is in use by another run, or can't be used: {error}"
+        parser.exit(2, f"{parser.prog}: {reason}\n")
     stop = Event()
     stop_on_signals(stop)
     screen = Screen(results)

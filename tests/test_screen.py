@@ -284,7 +284,6 @@ def test_a_dead_connection_shows_at_once_on_a_terminal(single: Example) -> None:
 
 CONSTANTS = {
     "NUM_REQUESTS": 0,
-    "MODEL_ID": "",
     "MAX_TOKENS": 1.5,
     "POLL_INTERVAL_SECONDS": None,
     "MAX_POLL_ATTEMPTS": -1,

@@ -16,10 +16,9 @@ PARTS = ["Configuration", "The API", "The records", "The work", "The screen", "T
 DIFFERENT = """
     POLL_INTERVAL_SECONDS MAX_CONCURRENT_POLLS Client.submit_generation Client.submit_group
     Client.fetch_generation Client.fetch_group Record.group_id Record.outcome TABLE
-    MAX_GROUP_SIZE MAX_IN_VAIN OnRecord OnGroup submit_all claim submit poll_all poll mark match
+    MAX_GROUP_SIZE MAX_IN_VAIN OnRecord OnGroup submit_all submit poll_all poll match
     IS_TERMINAL Screen Screen.__init__ Screen.clear Screen.show_progress
-    Screen.show_questions Screen.show_submission Screen.show_poll PREFIX
-    TYPES run end_run
+    Screen.show_questions Screen.show_submission Screen.show_poll PREFIX NUMBERS run end_run
 """
 SOURCES = {script: (TOP / script).read_text("utf-8") for script in SCRIPTS}
 TREES = {script: ast.parse(source) for script, source in SOURCES.items()}
