@@ -540,7 +540,7 @@ def submit(client: Client, results: Results, records: Records) -> Records:
             if is_current and record.state == NOT_SENT:
                 group.append(record)
         # After a crash from here on they stay Unknown, so that no run sends them twice.
-        results.save(group, state=UNKNOWN, error="perhaps sent: its end was not saved")
+        results.save(group, state=UNKNOWN, error="perhaps sent: no reply was saved")
     if not group:
         return group
     try:

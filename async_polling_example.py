@@ -534,7 +534,7 @@ def submit(client: Client, results: Results, record: Record) -> Record | None:
         if not is_current or record.state != NOT_SENT:
             return None
         # After a crash from here on it stays Unknown, so that no run sends it twice.
-        results.save([record], state=UNKNOWN, error="perhaps sent: its end was not saved")
+        results.save([record], state=UNKNOWN, error="perhaps sent: no reply was saved")
     try:
         generation_id = client.submit_generation(record.request)
         with results.lock:  # so that no other thread polls it before it is saved
