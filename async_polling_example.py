@@ -258,17 +258,20 @@ class Client:
     def read_reply(self, method: str, response: Response) -> Json:
         """Return the JSON object in a reply, or raise what its status means."""
         status = response.status_code
-        text = response.content.decode(errors="replace").replace(self.api_key, "[API key]")
         reply = None
         with suppress(ValueError, RecursionError):
+            # Written anew before the key is taken out, as it could be escaped
+            text = json.dumps(json.loads(response.content)).replace(self.api_key, "[API key]")
             reply = json.loads(text, parse_constant=str)  # NaN, which JSON lacks, as text
         if 200 <= status < 300 and isinstance(reply, dict):
             return reply
         message = find(reply, str, "error", "message")
-        reason = f"HTTP {status}: {message or text}"
+        reason = f"HTTP {status}: {message or response.content.decode(errors='replace')}"
         pause_seconds = 0.0
+        retry = Retry()
+        retry.retry_after_max = 10**9  # seconds; urllib3 would shorten it to six hours
         with suppress(Exception):  # what can't be read is ignored
-            pause_seconds = Retry().get_retry_after(response.raw) or 0.0
+            pause_seconds = retry.get_retry_after(response.raw) or 0.0
         kind: type[ApiError] = Uncertain
         if status == 401 or (method == "POST" and status in (402, 403)):
             kind = LockedOut
@@ -421,12 +424,12 @@ class Results:
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
 
-        ValueError: two have the same custom id. TypeError: a record is no JSON.
+        ValueError: a custom id is there twice, or is no text. TypeError: a record is no JSON.
         """
         given = {}
         for record in records:
-            if record.custom_id in given:
-                raise ValueError(f"two requests have the custom id {record.custom_id!r}")
+            if not isinstance(record.custom_id, str) or record.custom_id in given:
+                raise ValueError(f"{record.custom_id!r} is no custom id, or is there twice")
             given[record.custom_id] = record
         with self.lock:
             self.save([given[key] for key in given if key not in self.records])
@@ -604,8 +607,11 @@ def poll(client: Client, results: Results, record: Record) -> Record:
 
 
 def wait_for_pause(client: Client, stop: Event) -> bool:
-    """Wait until the client's pause is over, or stop is set; return whether it is set."""
-    while client.pause_seconds() and not stop.is_set():
+    """Wait for the end of the client's pause, or for stop; return whether stop is set.
+
+    LockedOut: the pause is too long.
+    """
+    while not stop.is_set() and client.pause_seconds():
         stop.wait(client.pause_seconds())  # in a loop, as another thread may make it longer
     return stop.is_set()
 
@@ -857,6 +863,7 @@ def new_results() -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         started_at = datetime.now(timezone.utc)
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
+        step = "load_questions or build_request"
         results.add(records)
     except (OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
@@ -868,7 +875,12 @@ def open_results(name: str) -> Results:
     path = Path(f"{os.path.splitext(name)[0]}.db")
     if not path.is_file():
         raise ValueError(f"--resume {name!r}: there is no file {path}")
-    results = Results(path)
+    try:
+        results = Results(path)
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"{path} is in use by another run, or can't be used: {error}"
+        ) from error
     if not results.records:
         raise ValueError(f"there are no requests in {path}")
     return results
@@ -997,11 +1009,8 @@ def main() -> int:
         results = new_results() if options.resume is None else open_results(options.resume)
         if options.retry:
             renew(results, options.retry)
-    except ValueError as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (OSError, sqlite3.Error) as error:
-        reason = f"{options.resume} is in use by another run, or can't be used: {error}"
-        parser.exit(2, f"{parser.prog}: {reason}\n")
     stop = Event()
     stop_on_signals(stop)
     screen = Screen(results)

@@ -331,6 +331,7 @@ def test_an_answer_stays_whatever_another_poll_brings(parts: Any, api: LocalApi)
 
 BAD: dict[str, Json] = {
     "two of one id": {"custom_id": "good"},
+    "an id that is no text": {"custom_id": 7},
     "what is no JSON": {"request": {"messages": {1, 2}}},
 }
 
