@@ -44,12 +44,11 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
@@ -506,7 +505,9 @@ def submit_all(
                 return
             states = Counter[str]()
             batch = unsent[:MAX_CONCURRENT_POLLS]
-            for record in pool.map(partial(submit, client, results), batch):
+            futures = [pool.submit(submit, client, results, record) for record in batch]
+            for future in as_completed(futures):
+                record = future.result()
                 if not record:  # another thread has taken it
                     continue
                 states[record.state] += 1
@@ -580,7 +581,9 @@ def poll_all(
                     return
                 batch = pending[:MAX_CONCURRENT_POLLS]
                 pending = pending[MAX_CONCURRENT_POLLS:]
-                for record in pool.map(partial(poll, client, results), batch):
+                futures = [pool.submit(poll, client, results, record) for record in batch]
+                for future in as_completed(futures):
+                    record = future.result()
                     if on_record:
                         on_record(record)
 
