@@ -48,12 +48,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from requests import Response, Session
 from urllib3 import Retry
@@ -118,7 +118,10 @@ FAILED = "Failed"
 FINAL = (SUCCESS, FAILED)
 
 
-def find(value: Any, kind: type, *path: str | int) -> Any:
+Kind = TypeVar("Kind")
+
+
+def find(value: Any, kind: type[Kind], *path: str | int) -> Kind | None:
     """Return what is at a path of keys and indexes; None if it is missing or of another type."""
     try:
         for step in path:
@@ -206,7 +209,7 @@ class Client:
         size = find(reply, int, "groupSize")
         if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
-        group_id: str = find(reply, str, "groupId") or ""
+        group_id = find(reply, str, "groupId") or ""
         if group_id in self.given_ids or not re.fullmatch(ID_PATTERN, group_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {group_id!r}")
         self.given_ids.add(group_id)
@@ -334,8 +337,7 @@ class Record:
     @property
     def answer(self) -> str | None:
         """The text of the answer; None if there is none, or if it is no text (tool calls)."""
-        text: str | None = find(self.response, str, "choices", 0, "message", "content")
-        return text
+        return find(self.response, str, "choices", 0, "message", "content")
 
     @property
     def is_cut_off(self) -> bool:
@@ -362,7 +364,7 @@ class Record:
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
-                self.duration_ms = duration / timedelta(milliseconds=1)
+                self.duration_ms = duration.total_seconds() * 1000
         self.state = state  # last: another thread may be reading the record
 
 
@@ -536,23 +538,20 @@ def submit(client: Client, results: Results, records: Records) -> Records:
 
     Return those that were submitted: another thread may have taken some.
     """
-    group = []
     with results.lock:
-        for record in records:
-            is_current = results.records[record.custom_id] is record  # and was not saved anew
-            if is_current and record.state == NOT_SENT:
-                group.append(record)
+        # As they are now: some may have been saved anew.
+        current = [results.records[record.custom_id] for record in records]
+        group = [record for record in current if record.state == NOT_SENT]
         # After a crash from here on they stay Unknown, so that no run sends them twice.
         results.save(group, state=UNKNOWN, error="perhaps sent: no reply was saved")
     if not group:
         return group
     try:
         group_id = client.submit_group([record.request for record in group])
-        with results.lock:  # so that no other thread polls it before it is saved
-            # If this save fails, the file says Unknown, but the id is still in memory.
-            for record in group:
-                record.group_id = group_id
-            results.save(group, state=QUEUED, error=None)
+        # If this save fails, the file says Unknown, but the id is still in memory.
+        for record in group:
+            record.group_id = group_id
+        results.save(group, state=QUEUED, error=None)
     except ApiError as error:
         results.save(group, state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
@@ -620,7 +619,7 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
     generation that answers none of the questions gets a new record in the group, so that its
     answer is kept.
     """
-    generation_id = find(generation, str, "id")
+    generation_id = find(generation, str, "id") or ""
     custom_id = find(generation, str, "request", "metadata", "custom_id")
     key = custom_id or generation_id
     for record in group:
@@ -631,7 +630,7 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
     is_known = custom_id in results.records or generation_id in results.records
     if is_known or generation["state"] not in FINAL:
         return None
-    if not re.fullmatch(ID_PATTERN, generation_id or ""):
+    if not re.fullmatch(ID_PATTERN, generation_id):
         return None
     record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
     group.append(record)

@@ -44,16 +44,16 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from threading import Event, RLock
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from requests import Response, Session
 from urllib3 import Retry
@@ -119,7 +119,10 @@ FAILED = "Failed"
 FINAL = (SUCCESS, FAILED)
 
 
-def find(value: Any, kind: type, *path: str | int) -> Any:
+Kind = TypeVar("Kind")
+
+
+def find(value: Any, kind: type[Kind], *path: str | int) -> Kind | None:
     """Return what is at a path of keys and indexes; None if it is missing or of another type."""
     try:
         for step in path:
@@ -203,7 +206,7 @@ class Client:
     def submit_generation(self, request: Json) -> str:
         """POST /v1/async/chat/completions: submit a request, return its generation id."""
         reply = self.call("POST", "/async/chat/completions", request)
-        generation_id: str = find(reply, str, "id") or ""
+        generation_id = find(reply, str, "id") or ""
         if generation_id in self.given_ids or not re.fullmatch(ID_PATTERN, generation_id):
             raise self.error(Uncertain, f"accepted, but without a new id: {generation_id!r}")
         self.given_ids.add(generation_id)
@@ -327,8 +330,7 @@ class Record:
     @property
     def answer(self) -> str | None:
         """The text of the answer; None if there is none, or if it is no text (tool calls)."""
-        text: str | None = find(self.response, str, "choices", 0, "message", "content")
-        return text
+        return find(self.response, str, "choices", 0, "message", "content")
 
     @property
     def is_cut_off(self) -> bool:
@@ -355,7 +357,7 @@ class Record:
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
                 duration = parse_time(generation.get("finishedAt")) - dispatched_at
-                self.duration_ms = duration / timedelta(milliseconds=1)
+                self.duration_ms = duration.total_seconds() * 1000
         self.state = state  # last: another thread may be reading the record
 
 
@@ -487,11 +489,11 @@ def submit_all(
     """Submit all that is Not sent, until none is left.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread. Once
-    stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
-    stays Not sent (after an error, some may miss on_record). ApiError is raised after five
-    batches in a row in which nothing was accepted or refused; a batch with several Unknown
-    requests counts once for each.
+    have ended. on_record gets each record after its submission, in order, in the caller's
+    thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
+    and the rest stays Not sent (after an error, some may miss on_record). ApiError is raised
+    after five batches in a row in which nothing was accepted or refused; a batch with several
+    Unknown requests counts once for each.
     """
     stop = stop or Event()
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
@@ -505,9 +507,7 @@ def submit_all(
                 return
             states = Counter[str]()
             batch = unsent[:MAX_CONCURRENT_POLLS]
-            futures = [pool.submit(submit, client, results, record) for record in batch]
-            for future in as_completed(futures):
-                record = future.result()
+            for record in pool.map(lambda each: submit(client, results, each), batch):
                 if not record:  # another thread has taken it
                     continue
                 states[record.state] += 1
@@ -534,17 +534,15 @@ STATE_AFTER = {
 def submit(client: Client, results: Results, record: Record) -> Record | None:
     """Submit one request, and save what has come of it. None: another thread has taken it."""
     with results.lock:
-        is_current = results.records[record.custom_id] is record  # and was not saved anew
-        if not is_current or record.state != NOT_SENT:
+        record = results.records[record.custom_id]  # it may have been saved anew
+        if record.state != NOT_SENT:
             return None
         # After a crash from here on it stays Unknown, so that no run sends it twice.
         results.save([record], state=UNKNOWN, error="perhaps sent: no reply was saved")
     try:
-        generation_id = client.submit_generation(record.request)
-        with results.lock:  # so that no other thread polls it before it is saved
-            # If this save fails, the file says Unknown, but the id is still in memory.
-            record.generation_id = generation_id
-            results.save([record], state=QUEUED, error=None)
+        record.generation_id = client.submit_generation(record.request)
+        # If this save fails, the file says Unknown, but the id is still in memory.
+        results.save([record], state=QUEUED, error=None)
     except ApiError as error:
         results.save([record], state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
@@ -581,9 +579,7 @@ def poll_all(
                     return
                 batch = pending[:MAX_CONCURRENT_POLLS]
                 pending = pending[MAX_CONCURRENT_POLLS:]
-                futures = [pool.submit(poll, client, results, record) for record in batch]
-                for future in as_completed(futures):
-                    record = future.result()
+                for record in pool.map(lambda each: poll(client, results, each), batch):
                     if on_record:
                         on_record(record)
 
@@ -595,15 +591,15 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
-    except LockedOut:
-        raise
     except ApiError as error:
         if record.outcome == PENDING:
             record.error = str(error)
+        if isinstance(error, LockedOut):
+            raise
         return record
     with results.lock:
         record.update(generation)
-        is_current = results.records[record.custom_id] is record
+        is_current = results.records[record.custom_id] is record  # and was not saved anew
         if is_current and record.state in FINAL:
             results.save([record])
     return record
