@@ -562,9 +562,9 @@ def poll_all(
 
     A round polls each generation once. Rounds begin interval_seconds apart, or later if one
     takes longer. A poll that fails leaves its reason in record.error, and is made again in the
-    next round. on_record gets each record after each poll, final or not, in the caller's
-    thread. If stop is set, the rest stays Pending. LockedOut or sqlite3.Error ends it after the
-    batch, of which some may miss on_record.
+    next round. on_record gets each record after each poll, final or not, in order, in the
+    caller's thread. If stop is set, the polls under way end, and the rest stays Pending.
+    LockedOut or sqlite3.Error ends it in the same way (some may miss on_record).
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -574,18 +574,15 @@ def poll_all(
             if not pending or stop.wait(next_round_at - monotonic()):
                 return
             next_round_at = monotonic() + interval_seconds
-            while pending:
-                if wait_for_pause(client, stop):
-                    return
-                batch = pending[:MAX_CONCURRENT_POLLS]
-                pending = pending[MAX_CONCURRENT_POLLS:]
-                for record in pool.map(lambda each: poll(client, results, each), batch):
-                    if on_record:
-                        on_record(record)
+            for record in pool.map(lambda each: poll(client, results, each, stop), pending):
+                if record and on_record:
+                    on_record(record)
 
 
-def poll(client: Client, results: Results, record: Record) -> Record:
-    """Poll one generation, and save it if it is final. Else it changes in memory only."""
+def poll(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
+    """Poll one generation, and save it if it is final. None: stop is set."""
+    if wait_for_pause(client, stop):
+        return None
     try:
         generation = client.fetch_generation(str(record.generation_id))
         custom_id = find(generation, str, "request", "metadata", "custom_id")
