@@ -188,13 +188,13 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # One that is given twice would bring the answer to another question.
+        # By earlier submissions. The same id twice would bring another question's answer.
         self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
-                "quotes (tests/local_api.py, which stands in for the API, needs none)"
+                "quotes (none is needed to try it: uv run tests/local_api.py SCRIPT)"
             )
         if not re.fullmatch(BASE_URL_PATTERN, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
@@ -347,19 +347,19 @@ class Record:
 
     def update(self, generation: Json) -> None:
         """Note what the API says of the generation."""
-        if self.state == SUCCESS:  # by another copy of it, or by another thread's poll
+        if self.state == SUCCESS:  # a late reply must not undo an answer
             return
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # it stays as it is, and is polled again
+        if state == SUCCESS and not response:  # the state stays, so that it is polled again
             self.error = "the API says Success, but sends no response"
             return
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # What is asked again by --retry keeps its old answer until a new one comes.
+            # Without a new one, the answer of before a --retry stays.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -445,7 +445,7 @@ class Results:
     def save(self, records: Iterable[Record], **changes: object) -> None:
         """Save the records with these changes to their fields, all or none.
 
-        A record takes the place of the one with its custom id. To ask again, save a new one.
+        A record replaces the one with its custom id. To ask again, save a new_record().
         """
         records = list(records)
         with self.lock:
@@ -489,6 +489,12 @@ class Results:
 MAX_GROUP_SIZE = 50
 MAX_IN_VAIN = 5  # groups in a row: see submit_all
 OnGroup = Callable[[Records], object] | None
+STATE_AFTER = {
+    Refused: FAILED,
+    LockedOut: NOT_SENT,
+    NotAccepted: NOT_SENT,
+    Uncertain: UNKNOWN,
+}
 
 
 def submit_all(
@@ -515,22 +521,14 @@ def submit_all(
         states = Counter(record.state for record in group)
         if group and on_group:
             on_group(group)
-        if states.keys() - {NOT_SENT, UNKNOWN}:
+        if states.keys() - {NOT_SENT, UNKNOWN}:  # some were accepted or refused
             in_vain = 0
         elif states:
-            in_vain += max(1, states[UNKNOWN])
+            in_vain += max(1, states[UNKNOWN])  # as each of these may cost money
         if in_vain >= MAX_IN_VAIN:
             raise ApiError(group[-1].error)
         # At the end of the list, start again with those that were not accepted.
         unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
-
-
-STATE_AFTER = {
-    Refused: FAILED,
-    LockedOut: NOT_SENT,
-    NotAccepted: NOT_SENT,
-    Uncertain: UNKNOWN,
-}
 
 
 def submit(client: Client, results: Results, records: Records) -> Records:
@@ -548,10 +546,11 @@ def submit(client: Client, results: Results, records: Records) -> Records:
         return group
     try:
         group_id = client.submit_group([record.request for record in group])
-        # If this save fails, the file says Unknown, but the id is still in memory.
-        for record in group:
-            record.group_id = group_id
-        results.save(group, state=QUEUED, error=None)
+        with results.lock:  # so that no other thread polls it before it is saved
+            # If the save fails, the file says Unknown, but in memory it is Pending.
+            for record in group:
+                record.group_id = group_id
+            results.save(group, state=QUEUED, error=None)
     except ApiError as error:
         results.save(group, state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
@@ -590,14 +589,14 @@ def poll_all(
 
 
 def poll(client: Client, results: Results, group_id: str) -> Records:
-    """Poll a group, save its records, and return them. It may get more: see match."""
+    """Poll a group, save its records, and return them; match may add some."""
     generations = []
     reason = None
     try:
         generations = client.fetch_group(group_id)
-    except LockedOut:
-        raise
     except ApiError as error:
+        if isinstance(error, LockedOut):
+            raise
         reason = str(error)
     with results.lock:
         group = [each for each in results.records.values() if each.group_id == group_id]
@@ -632,7 +631,7 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
         return None
     if not re.fullmatch(ID_PATTERN, generation_id):
         return None
-    record = Record(generation_id, "", {}, group[0].group_id, generation_id, QUEUED)
+    record = Record(generation_id, "", {}, group[0].group_id, generation_id)
     group.append(record)
     return record
 
@@ -774,7 +773,7 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
       Avg generation time:   {sum(times) / max(len(times), 1):>10.1f}ms
       Min generation time:   {min(times, default=0):>10.1f}ms
       Max generation time:   {max(times, default=0):>10.1f}ms
-      Throughput:            {answered / seconds:>10.2f} req/s
+      Throughput:            {answered / max(seconds, 0.001):>10.2f} req/s
 
   Token Usage
   ---------------
@@ -952,7 +951,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
             print_section(f"Submitting {unsent} Requests")
             screen.show_questions()
             submit_all(client, results, screen.show_submission, stop)
-    except ApiError as error:  # what was accepted is still polled, if no long pause is due
+    except ApiError as error:  # what was accepted is polled all the same
         screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():

@@ -189,13 +189,13 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # One that is given twice would bring the answer to another question.
+        # By earlier submissions. The same id twice would bring another question's answer.
         self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
             raise ValueError(
                 "set INFERENCE_API_KEY to your key from https://inference.net, without spaces or "
-                "quotes (tests/local_api.py, which stands in for the API, needs none)"
+                "quotes (none is needed to try it: uv run tests/local_api.py SCRIPT)"
             )
         if not re.fullmatch(BASE_URL_PATTERN, self.base_url):
             raise ValueError(  # without the address, as it may hold the key
@@ -340,19 +340,19 @@ class Record:
 
     def update(self, generation: Json) -> None:
         """Note what the API says of the generation."""
-        if self.state == SUCCESS:  # by another copy of it, or by another thread's poll
+        if self.state == SUCCESS:  # a late reply must not undo an answer
             return
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # it stays as it is, and is polled again
+        if state == SUCCESS and not response:  # the state stays, so that it is polled again
             self.error = "the API says Success, but sends no response"
             return
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # What is asked again by --retry keeps its old answer until a new one comes.
+            # Without a new one, the answer of before a --retry stays.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -438,7 +438,7 @@ class Results:
     def save(self, records: Iterable[Record], **changes: object) -> None:
         """Save the records with these changes to their fields, all or none.
 
-        A record takes the place of the one with its custom id. To ask again, save a new one.
+        A record replaces the one with its custom id. To ask again, save a new_record().
         """
         records = list(records)
         with self.lock:
@@ -481,6 +481,12 @@ class Results:
 
 MAX_IN_VAIN = 5  # batches in a row: see submit_all
 OnRecord = Callable[[Record], object] | None
+STATE_AFTER = {
+    Refused: FAILED,
+    LockedOut: NOT_SENT,
+    NotAccepted: NOT_SENT,
+    Uncertain: UNKNOWN,
+}
 
 
 def submit_all(
@@ -513,22 +519,14 @@ def submit_all(
                 states[record.state] += 1
                 if on_record:
                     on_record(record)
-            if states.keys() - {NOT_SENT, UNKNOWN}:
+            if states.keys() - {NOT_SENT, UNKNOWN}:  # some were accepted or refused
                 in_vain = 0
             elif states:
-                in_vain += max(1, states[UNKNOWN])
+                in_vain += max(1, states[UNKNOWN])  # as each of these may cost money
             if in_vain >= MAX_IN_VAIN:
                 raise ApiError(batch[-1].error)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
-
-
-STATE_AFTER = {
-    Refused: FAILED,
-    LockedOut: NOT_SENT,
-    NotAccepted: NOT_SENT,
-    Uncertain: UNKNOWN,
-}
 
 
 def submit(client: Client, results: Results, record: Record) -> Record | None:
@@ -540,9 +538,11 @@ def submit(client: Client, results: Results, record: Record) -> Record | None:
         # After a crash from here on it stays Unknown, so that no run sends it twice.
         results.save([record], state=UNKNOWN, error="perhaps sent: no reply was saved")
     try:
-        record.generation_id = client.submit_generation(record.request)
-        # If this save fails, the file says Unknown, but the id is still in memory.
-        results.save([record], state=QUEUED, error=None)
+        generation_id = client.submit_generation(record.request)
+        with results.lock:  # so that no other thread polls it before it is saved
+            # If the save fails, the file says Unknown, but in memory it is Pending.
+            record.generation_id = generation_id
+            results.save([record], state=QUEUED, error=None)
     except ApiError as error:
         results.save([record], state=STATE_AFTER[type(error)], error=str(error))
         if isinstance(error, LockedOut):
@@ -589,14 +589,14 @@ def poll(client: Client, results: Results, record: Record, stop: Event) -> Recor
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
     except ApiError as error:
-        if record.outcome == PENDING:
-            record.error = str(error)
         if isinstance(error, LockedOut):
             raise
+        if record.outcome == PENDING:
+            record.error = str(error)
         return record
     with results.lock:
         record.update(generation)
-        is_current = results.records[record.custom_id] is record  # and was not saved anew
+        is_current = results.records[record.custom_id] is record  # and not a new one
         if is_current and record.state in FINAL:
             results.save([record])
     return record
@@ -747,7 +747,7 @@ def show_figures(records: Records, answered: int, seconds: float) -> None:
       Avg generation time:   {sum(times) / max(len(times), 1):>10.1f}ms
       Min generation time:   {min(times, default=0):>10.1f}ms
       Max generation time:   {max(times, default=0):>10.1f}ms
-      Throughput:            {answered / seconds:>10.2f} req/s
+      Throughput:            {answered / max(seconds, 0.001):>10.2f} req/s
 
   Token Usage
   ---------------
@@ -926,7 +926,7 @@ def run(client: Client, screen: Screen, stop: Event) -> None:
         if unsent:
             print_section(f"Submitting {unsent} Requests")
             submit_all(client, results, screen.show_submission, stop)
-    except ApiError as error:  # what was accepted is still polled, if no long pause is due
+    except ApiError as error:  # what was accepted is polled all the same
         screen.notes.append(f"Stopped submitting: {error}")
     screen.to_poll = len(results.with_outcome(PENDING))
     if screen.to_poll and not stop.is_set():
