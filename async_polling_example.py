@@ -44,7 +44,7 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -495,8 +495,8 @@ def submit_all(
     """Submit all that is Not sent, until none is left.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in order, in the caller's
-    thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
+    have ended. on_record gets each record after its submission, in the caller's thread.
+    Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
     and the rest stays Not sent (after an error, some may miss on_record). ApiError is raised
     after five batches in a row in which nothing was accepted or refused; a batch with several
     Unknown requests counts once for each.
@@ -513,7 +513,9 @@ def submit_all(
                 return
             states = Counter[str]()
             batch = unsent[:MAX_CONCURRENT_POLLS]
-            for record in pool.map(lambda each: submit(client, results, each), batch):
+            futures = [pool.submit(submit, client, results, record) for record in batch]
+            for future in as_completed(futures):
+                record = future.result()
                 if not record:  # another thread has taken it
                     continue
                 states[record.state] += 1
@@ -562,21 +564,26 @@ def poll_all(
 
     A round polls each generation once. Rounds begin interval_seconds apart, or later if one
     takes longer. A poll that fails leaves its reason in record.error, and is made again in the
-    next round. on_record gets each record after each poll, final or not, in order, in the
-    caller's thread. If stop is set, the polls under way end, and the rest stays Pending.
+    next round. on_record gets each record after each poll, final or not, in the caller's
+    thread. If stop is set, the polls under way end, and the rest stays Pending.
     LockedOut or sqlite3.Error ends it in the same way (some may miss on_record).
     """
     stop = stop or Event()
     next_round_at = monotonic()
-    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
+    pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
+    try:
         for _ in range(max_attempts):
             pending = results.with_outcome(PENDING)
             if not pending or stop.wait(next_round_at - monotonic()):
                 return
             next_round_at = monotonic() + interval_seconds
-            for record in pool.map(lambda each: poll(client, results, each, stop), pending):
+            futures = [pool.submit(poll, client, results, record, stop) for record in pending]
+            for future in as_completed(futures):
+                record = future.result()
                 if record and on_record:
                     on_record(record)
+    finally:
+        pool.shutdown(cancel_futures=True)  # the polls under way end first
 
 
 def poll(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
