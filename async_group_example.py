@@ -204,10 +204,9 @@ class Client:
 
     def submit_group(self, requests: list[Json]) -> str:
         """POST /v1/async/group/chat/completions: submit up to 50 requests, return the group id."""
-        body = {"requests": requests}
-        reply = self.call("POST", "/async/group/chat/completions", body)
-        size = find(reply, int, "groupSize")
-        if size not in (None, len(requests)):
+        reply = self.call("POST", "/async/group/chat/completions", {"requests": requests})
+        size = reply.get("groupSize", len(requests))
+        if size != len(requests):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
         group_id = find(reply, str, "groupId") or ""
         if group_id in self.given_ids or not re.fullmatch(ID_PATTERN, group_id):
@@ -352,9 +351,8 @@ class Record:
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # the state stays, so that it is polled again
-            self.error = "the API says Success, but sends no response"
-            return
+        if state == SUCCESS and not response:
+            state = "Success without a response"  # not final: it is polled again
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
@@ -412,22 +410,23 @@ class Results:
         self.path = Path(path)
         self.records: dict[str, Record] = {}
         self.lock = RLock()
-        self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
-        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         query = f"SELECT 1 FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
-        if self.connection.execute(query).fetchone():
+        if connection.execute(query).fetchone():
             raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
-        self.connection.executescript(f"""
+        connection.executescript(f"""
             PRAGMA journal_mode = WAL;
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+        for [text] in connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
             record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
             self.records[record.custom_id] = record
+        self.connection = connection
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -459,8 +458,8 @@ class Results:
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
-        records = list(self.records.values())  # a copy, as another thread may add some
-        return [record for record in records if record.outcome == outcome]
+        # In a copy, as another thread may add some
+        return [each for each in list(self.records.values()) if each.outcome == outcome]
 
     def close(self) -> None:
         """Close the file, so that another process can open it."""
@@ -504,42 +503,38 @@ def submit_all(
 
     A group is up to 50 requests, sent in one call. on_group gets the records of each group
     after its submission. If stop is set, the group under way ends, and the rest stays Not sent.
-    LockedOut or sqlite3.Error ends it at once, without on_group. ApiError ends it after five
-    groups in a row that were neither accepted nor refused; one that is Unknown counts once for
-    each of its requests.
+    LockedOut or sqlite3.Error ends it at once, without on_group. ApiError ends it after a group
+    that is Unknown, as all of it may be paid for, or after five in a row that were not accepted.
     """
     stop = stop or Event()
     client.given_ids.update(each.group_id for each in list(results.records.values()))
     in_vain = 0
-    unsent = results.with_outcome(NOT_SENT)
-    while unsent:
+    while results.with_outcome(NOT_SENT):
         # Up to 0, 1, 3, 7, 15 seconds, at random, so that programs don't retry together
         stop.wait(random.uniform(0, 2**in_vain - 1))
         if wait_for_pause(client, stop):
             return
-        group = submit(client, results, unsent[:MAX_GROUP_SIZE])
-        states = Counter(record.state for record in group)
-        if group and on_group:
+        group = submit(client, results)
+        if not group:
+            return
+        if on_group:
             on_group(group)
-        if states.keys() - {NOT_SENT, UNKNOWN}:  # some were accepted or refused
+        state = group[0].state
+        if state == NOT_SENT:
+            in_vain += 1
+        else:
             in_vain = 0
-        elif states:
-            in_vain += max(1, states[UNKNOWN])  # as each of these may cost money
-        if in_vain >= MAX_IN_VAIN:
-            raise ApiError(group[-1].error)
-        # At the end of the list, start again with those that were not accepted.
-        unsent = unsent[MAX_GROUP_SIZE:] or results.with_outcome(NOT_SENT)
+        if state == UNKNOWN or in_vain == MAX_IN_VAIN:
+            raise ApiError(group[0].error)
 
 
-def submit(client: Client, results: Results, records: Records) -> Records:
-    """Submit records as a group, and save what has come of them.
+def submit(client: Client, results: Results) -> Records:
+    """Submit a group of what is Not sent, save what has come of it, and return its records.
 
-    Return those that were submitted: another thread may have taken some.
+    None are returned if another thread has taken the last ones.
     """
     with results.lock:
-        # As they are now: some may have been saved anew.
-        current = [results.records[record.custom_id] for record in records]
-        group = [record for record in current if record.state == NOT_SENT]
+        group = results.with_outcome(NOT_SENT)[:MAX_GROUP_SIZE]
         # After a crash from here on they stay Unknown, so that no run sends them twice.
         results.save(group, state=UNKNOWN, error="perhaps sent: no reply was saved")
     if not group:
@@ -589,14 +584,14 @@ def poll_all(
 
 
 def poll(client: Client, results: Results, group_id: str) -> Records:
-    """Poll a group, save its records, and return them; match may add some."""
+    """Poll a group, save its records, and return them."""
     generations = []
     reason = None
     try:
         generations = client.fetch_group(group_id)
+    except LockedOut:
+        raise
     except ApiError as error:
-        if isinstance(error, LockedOut):
-            raise
         reason = str(error)
     with results.lock:
         group = [each for each in results.records.values() if each.group_id == group_id]
@@ -604,19 +599,17 @@ def poll(client: Client, results: Results, group_id: str) -> Records:
             if record.outcome == PENDING:
                 record.error = reason
         for generation in generations:
-            found = match(generation, group, results)
-            if found:
-                found.update(generation)
+            take(generation, group, results)
         results.save(group)
     return group
 
 
-def match(generation: Json, group: Records, results: Results) -> Record | None:
-    """Return the record that a generation belongs to, or None.
+def take(generation: Json, group: Records, results: Results) -> None:
+    """Update the record that a generation of a group belongs to.
 
     Its custom id decides; where that is missing, its own id, if it is known. A final
-    generation that answers none of the questions gets a new record in the group, so that its
-    answer is kept.
+    generation that answers none of the questions gets a record of its own, so that its answer
+    is kept.
     """
     generation_id = find(generation, str, "id") or ""
     custom_id = find(generation, str, "request", "metadata", "custom_id")
@@ -625,15 +618,15 @@ def match(generation: Json, group: Records, results: Results) -> Record | None:
         if key and key in (record.custom_id, record.generation_id):
             if generation_id and record.state != SUCCESS:
                 record.generation_id = generation_id
-            return record
-    is_known = custom_id in results.records or generation_id in results.records
-    if is_known or generation["state"] not in FINAL:
-        return None
-    if not re.fullmatch(ID_PATTERN, generation_id):
-        return None
-    record = Record(generation_id, "", {}, group[0].group_id, generation_id)
-    group.append(record)
-    return record
+            record.update(generation)
+            return
+    is_elsewhere = custom_id in results.records  # in another group, or saved anew
+    if is_elsewhere or generation["state"] not in FINAL:
+        return
+    if re.fullmatch(ID_PATTERN, generation_id):
+        record = Record(generation_id, "", {}, group[0].group_id, generation_id)
+        record.update(generation)
+        results.add([record])
 
 
 def wait_for_pause(client: Client, stop: Event) -> bool:
@@ -698,7 +691,7 @@ def kind_of(record: Record) -> str:
 
 
 class Screen:
-    """Prints the progress of a run."""
+    """Prints the progress of a run, and how it ended."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
@@ -739,6 +732,46 @@ class Screen:
         if group[0].outcome == PENDING and error:
             text += f" {shorten(error, 76)}"
         print(f"  [{self.polls:>3}] {text}")
+
+    def show_ending(self, records: Records) -> str:
+        """Print why the run ended early, what has no answer and why, and what to do about it.
+
+        Return the title of the last banner.
+        """
+        reasons = Counter(
+            f"{record.outcome.lower()}: {record.error}"
+            for record in records
+            if record.error and record.error not in "".join(self.notes)
+        )
+        counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
+        for note in self.notes + counted:
+            print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
+        kinds = Counter(kind_of(record) for record in records)
+        command = f'uv run "{sys.argv[0]}" --resume "{self.results.path}"'
+        if kinds[PENDING] or kinds[NOT_SENT]:
+            print(
+                "\n  To go on (a run without --resume pays for everything again):\n"
+                f"      {command}"
+            )
+        if kinds[FAILED]:
+            print(f"\n  To ask again what failed:\n      {command} --retry failed")
+        if kinds[UNKNOWN]:
+            print(
+                "\n  What is unknown may be paid for: see the dashboard first. To ask it again:\n"
+                f"      {command} --retry unknown"
+            )
+        if kinds[CUT_OFF]:
+            print(
+                "\n  To ask again what is cut off, first set a larger MAX_TOKENS:\n"
+                f"      {command} --retry cut-off"
+            )
+        del kinds[SUCCESS]
+        cut_off = kinds.pop(CUT_OFF, 0)
+        if kinds or self.notes:
+            return f"Not complete: {tally(kinds) or 'see above'}"
+        if cut_off:
+            return f"Generation complete, but {cut_off} answers are cut off"
+        return "Generation complete!"
 
 
 def show_figures(records: Records, answered: int, seconds: float) -> None:
@@ -803,42 +836,6 @@ def show_table(records: Records) -> None:
         )
     if len(records) > MAX_ROWS:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
-
-
-def show_ending(records: Records, notes: list[str], command: str) -> str:
-    """Print why the run ended early, what has no answer and why, and what to do about it.
-
-    Return the title of the last banner.
-    """
-    reasons = Counter(
-        f"{record.outcome.lower()}: {record.error}"
-        for record in records
-        if record.error and record.error not in "".join(notes)
-    )
-    counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
-    for note in notes + counted:
-        print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
-    kinds = Counter(kind_of(record) for record in records)
-    if kinds[PENDING] or kinds[NOT_SENT]:
-        print("\n  To go on (a run without --resume pays for everything again):")
-        print(f"      {command}")
-    if kinds[FAILED]:
-        print(f"\n  To ask again what failed:\n      {command} --retry failed")
-    if kinds[UNKNOWN]:
-        print(
-            "\n  What is unknown may be paid for: see the dashboard first. To ask it again:"
-        )
-        print(f"      {command} --retry unknown")
-    if kinds[CUT_OFF]:
-        print("\n  To ask again what is cut off, first set a larger MAX_TOKENS:")
-        print(f"      {command} --retry cut-off")
-    del kinds[SUCCESS]
-    cut_off = kinds.pop(CUT_OFF, 0)
-    if kinds or notes:
-        return f"Not complete: {tally(kinds) or 'see above'}"
-    if cut_off:
-        return f"Generation complete, but {cut_off} answers are cut off"
-    return "Generation complete!"
 
 
 # --- The script: the command line, the files of a run, main
@@ -996,15 +993,12 @@ def end_run(screen: Screen) -> bool:
         print_title("GROUP GENERATION SUMMARY")
         show_figures(records, answered, monotonic() - screen.started_at)
         show_table(records)
-        command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
-        title = show_ending(records, screen.notes, command)
+        title = screen.show_ending(records)
         print(f"\n  Results: {path}\n")
         print_title(title)
     except OSError:  # stdout is closed or full
         return False
-    if screen.notes:
-        return False
-    return succeeded == len(records)
+    return succeeded == len(records) and not screen.notes
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ import textwrap
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -345,9 +345,8 @@ class Record:
         state = generation["state"]
         response = find(generation, dict, "response")
         self.error = None
-        if state == SUCCESS and not response:  # the state stays, so that it is polled again
-            self.error = "the API says Success, but sends no response"
-            return
+        if state == SUCCESS and not response:
+            state = "Success without a response"  # not final: it is polled again
         if state not in (QUEUED, IN_PROGRESS, SUCCESS):
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
@@ -405,22 +404,23 @@ class Results:
         self.path = Path(path)
         self.records: dict[str, Record] = {}
         self.lock = RLock()
-        self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
-        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         query = f"SELECT 1 FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
-        if self.connection.execute(query).fetchone():
+        if connection.execute(query).fetchone():
             raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
-        self.connection.executescript(f"""
+        connection.executescript(f"""
             PRAGMA journal_mode = WAL;
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+        for [text] in connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
             record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
             self.records[record.custom_id] = record
+        self.connection = connection
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -452,8 +452,8 @@ class Results:
 
     def with_outcome(self, outcome: str) -> Records:
         """Return the records that have this outcome, in order."""
-        records = list(self.records.values())  # a copy, as another thread may add some
-        return [record for record in records if record.outcome == outcome]
+        # In a copy, as another thread may add some
+        return [each for each in list(self.records.values()) if each.outcome == outcome]
 
     def close(self) -> None:
         """Close the file, so that another process can open it."""
@@ -495,11 +495,11 @@ def submit_all(
     """Submit all that is Not sent, until none is left.
 
     Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread.
-    Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
-    and the rest stays Not sent (after an error, some may miss on_record). ApiError is raised
-    after five batches in a row in which nothing was accepted or refused; a batch with several
-    Unknown requests counts once for each.
+    have ended. on_record gets each record after its submission, in the caller's thread. Once
+    stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
+    stays Not sent (after an error, some may miss on_record). ApiError is raised after five
+    batches in a row in which nothing was accepted or refused; a batch with several Unknown
+    requests counts once for each.
     """
     stop = stop or Event()
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
@@ -513,9 +513,7 @@ def submit_all(
                 return
             states = Counter[str]()
             batch = unsent[:MAX_CONCURRENT_POLLS]
-            futures = [pool.submit(submit, client, results, record) for record in batch]
-            for future in as_completed(futures):
-                record = future.result()
+            for record in pool.map(lambda each: submit(client, results, each), batch):
                 if not record:  # another thread has taken it
                     continue
                 states[record.state] += 1
@@ -562,42 +560,40 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each generation once. Rounds begin interval_seconds apart, or later if one
-    takes longer. A poll that fails leaves its reason in record.error, and is made again in the
-    next round. on_record gets each record after each poll, final or not, in the caller's
-    thread. If stop is set, the polls under way end, and the rest stays Pending.
-    LockedOut or sqlite3.Error ends it in the same way (some may miss on_record).
+    A round polls each generation once, in batches as above. Rounds begin interval_seconds
+    apart, or later if one takes longer. A poll that fails leaves its reason in record.error,
+    and is made again in the next round. on_record gets each record after each poll, final or
+    not, in the caller's thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the
+    batch under way ends and the rest stays Pending (after an error, some may miss on_record).
     """
     stop = stop or Event()
     next_round_at = monotonic()
-    pool = ThreadPoolExecutor(MAX_CONCURRENT_POLLS)
-    try:
+    with ThreadPoolExecutor(MAX_CONCURRENT_POLLS) as pool:
         for _ in range(max_attempts):
             pending = results.with_outcome(PENDING)
             if not pending or stop.wait(next_round_at - monotonic()):
                 return
             next_round_at = monotonic() + interval_seconds
-            futures = [pool.submit(poll, client, results, record, stop) for record in pending]
-            for future in as_completed(futures):
-                record = future.result()
-                if record and on_record:
-                    on_record(record)
-    finally:
-        pool.shutdown(cancel_futures=True)  # the polls under way end first
+            while pending:
+                if wait_for_pause(client, stop):
+                    return
+                batch = pending[:MAX_CONCURRENT_POLLS]
+                pending = pending[MAX_CONCURRENT_POLLS:]
+                for record in pool.map(lambda each: poll(client, results, each), batch):
+                    if on_record:
+                        on_record(record)
 
 
-def poll(client: Client, results: Results, record: Record, stop: Event) -> Record | None:
-    """Poll one generation, and save it if it is final. None: stop is set."""
-    if wait_for_pause(client, stop):
-        return None
+def poll(client: Client, results: Results, record: Record) -> Record:
+    """Poll one generation, and save it if it is final. Else it changes in memory only."""
     try:
         generation = client.fetch_generation(str(record.generation_id))
         custom_id = find(generation, str, "request", "metadata", "custom_id")
         if custom_id not in (None, record.custom_id):
             raise Uncertain("the API returns the generation of another request")
+    except LockedOut:
+        raise
     except ApiError as error:
-        if isinstance(error, LockedOut):
-            raise
         if record.outcome == PENDING:
             record.error = str(error)
         return record
@@ -672,7 +668,7 @@ def kind_of(record: Record) -> str:
 
 
 class Screen:
-    """Prints the progress of a run; on a terminal with a live line, which is drawn in place."""
+    """Prints the progress of a run, on a terminal with a live line, and how it ended."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
@@ -720,6 +716,46 @@ class Screen:
             f"{self.final * 100 // self.to_poll}% {MARKS[record.outcome]} "
             f"{shorten(record.custom_id, 24)}"
         )
+
+    def show_ending(self, records: Records) -> str:
+        """Print why the run ended early, what has no answer and why, and what to do about it.
+
+        Return the title of the last banner.
+        """
+        reasons = Counter(
+            f"{record.outcome.lower()}: {record.error}"
+            for record in records
+            if record.error and record.error not in "".join(self.notes)
+        )
+        counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
+        for note in self.notes + counted:
+            print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
+        kinds = Counter(kind_of(record) for record in records)
+        command = f'uv run "{sys.argv[0]}" --resume "{self.results.path}"'
+        if kinds[PENDING] or kinds[NOT_SENT]:
+            print(
+                "\n  To go on (a run without --resume pays for everything again):\n"
+                f"      {command}"
+            )
+        if kinds[FAILED]:
+            print(f"\n  To ask again what failed:\n      {command} --retry failed")
+        if kinds[UNKNOWN]:
+            print(
+                "\n  What is unknown may be paid for: see the dashboard first. To ask it again:\n"
+                f"      {command} --retry unknown"
+            )
+        if kinds[CUT_OFF]:
+            print(
+                "\n  To ask again what is cut off, first set a larger MAX_TOKENS:\n"
+                f"      {command} --retry cut-off"
+            )
+        del kinds[SUCCESS]
+        cut_off = kinds.pop(CUT_OFF, 0)
+        if kinds or self.notes:
+            return f"Not complete: {tally(kinds) or 'see above'}"
+        if cut_off:
+            return f"Generation complete, but {cut_off} answers are cut off"
+        return "Generation complete!"
 
 
 def show_figures(records: Records, answered: int, seconds: float) -> None:
@@ -784,42 +820,6 @@ def show_table(records: Records) -> None:
         )
     if len(records) > MAX_ROWS:
         print(f"  ... and {len(records) - MAX_ROWS} more in the results")
-
-
-def show_ending(records: Records, notes: list[str], command: str) -> str:
-    """Print why the run ended early, what has no answer and why, and what to do about it.
-
-    Return the title of the last banner.
-    """
-    reasons = Counter(
-        f"{record.outcome.lower()}: {record.error}"
-        for record in records
-        if record.error and record.error not in "".join(notes)
-    )
-    counted = [f"{count} {reason}" for reason, count in reasons.most_common(MAX_ROWS)]
-    for note in notes + counted:
-        print(f"\n{textwrap.indent(textwrap.fill(printable(note), 76), '  ')}")
-    kinds = Counter(kind_of(record) for record in records)
-    if kinds[PENDING] or kinds[NOT_SENT]:
-        print("\n  To go on (a run without --resume pays for everything again):")
-        print(f"      {command}")
-    if kinds[FAILED]:
-        print(f"\n  To ask again what failed:\n      {command} --retry failed")
-    if kinds[UNKNOWN]:
-        print(
-            "\n  What is unknown may be paid for: see the dashboard first. To ask it again:"
-        )
-        print(f"      {command} --retry unknown")
-    if kinds[CUT_OFF]:
-        print("\n  To ask again what is cut off, first set a larger MAX_TOKENS:")
-        print(f"      {command} --retry cut-off")
-    del kinds[SUCCESS]
-    cut_off = kinds.pop(CUT_OFF, 0)
-    if kinds or notes:
-        return f"Not complete: {tally(kinds) or 'see above'}"
-    if cut_off:
-        return f"Generation complete, but {cut_off} answers are cut off"
-    return "Generation complete!"
 
 
 # --- The script: the command line, the files of a run, main
@@ -980,15 +980,12 @@ def end_run(screen: Screen) -> bool:
         print_title("ASYNC GENERATION SUMMARY")
         show_figures(records, answered, monotonic() - screen.started_at)
         show_table(records)
-        command = f'uv run "{sys.argv[0]}" --resume "{results.path}"'
-        title = show_ending(records, screen.notes, command)
+        title = screen.show_ending(records)
         print(f"\n  Results: {path}\n")
         print_title(title)
     except OSError:  # stdout is closed or full
         return False
-    if screen.notes:
-        return False
-    return succeeded == len(records)
+    return succeeded == len(records) and not screen.notes
 
 
 def main() -> int:

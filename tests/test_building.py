@@ -311,7 +311,8 @@ def test_an_id_of_an_earlier_run_is_none(parts: Any, api: LocalApi) -> None:
         b'{"id": "%b", "groupId": "%b"}' % ((given_id.encode(),) * 2)
     )
     results.add([parts.new_record("new", "How?")])
-    parts.submit_all(parts.Client(), results)
+    with suppress(parts.ApiError):  # which is how it ends for a group
+        parts.submit_all(parts.Client(), results)
     assert results.records["new"].outcome == "Unknown"
 
 
@@ -379,7 +380,8 @@ def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
     assert asked == ["one", "two"]
 
 
-# How many workers there are, which submissions are uncertain, how many of 12 become Unknown
+# How many workers there are, which submissions are uncertain, how many of 12 become Unknown;
+# of groups, one is enough
 IN_VAIN = [(1, [True], 5), (1, [True, False], 6), (5, [True], 5)]
 
 
@@ -394,4 +396,4 @@ def test_five_in_a_row_end_it(
     api.choose_fault = lambda *_: status(500) if next(is_failing) else None
     with suppress(parts.ApiError):
         parts.submit_all(parts.Client(), results)
-    assert outcomes(results)["Unknown"] == unknown
+    assert outcomes(results)["Unknown"] == (1 if is_group(parts) else unknown)

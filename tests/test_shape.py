@@ -16,7 +16,7 @@ PARTS = ["Configuration", "The API", "The records", "The work", "The screen", "T
 DIFFERENT = """
     POLL_INTERVAL_SECONDS MAX_CONCURRENT_POLLS Client.submit_generation Client.submit_group
     Client.fetch_generation Client.fetch_group Record.group_id Record.outcome TABLE
-    MAX_GROUP_SIZE MAX_IN_VAIN OnRecord OnGroup submit_all submit poll_all poll match
+    MAX_GROUP_SIZE MAX_IN_VAIN OnRecord OnGroup submit_all submit poll_all poll take
     IS_TERMINAL Screen Screen.__init__ Screen.clear Screen.show_progress
     Screen.show_questions Screen.show_submission Screen.show_poll PREFIX NUMBERS run end_run
 """
