@@ -188,7 +188,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # By earlier submissions. The same id twice would bring another question's answer.
+        # Of earlier submissions: an id given twice would bring another question's answer.
         self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
@@ -531,14 +531,14 @@ def submit_all(
 def submit(client: Client, results: Results) -> Records:
     """Submit a group of what is Not sent, save what has come of it, and return its records.
 
-    None are returned if another thread has taken the last ones.
+    The list is empty if another thread has taken the last ones.
     """
     with results.lock:
         group = results.with_outcome(NOT_SENT)[:MAX_GROUP_SIZE]
+        if not group:
+            return group
         # After a crash from here on they stay Unknown, so that no run sends them twice.
         results.save(group, state=UNKNOWN, error="perhaps sent: no reply was saved")
-    if not group:
-        return group
     try:
         group_id = client.submit_group([record.request for record in group])
         with results.lock:  # so that no other thread polls it before it is saved
@@ -579,7 +579,7 @@ def poll_all(
             if wait_for_pause(client, stop):
                 return
             group = poll(client, results, str(group_id))
-            if on_group:
+            if group and on_group:
                 on_group(group)
 
 
@@ -595,6 +595,8 @@ def poll(client: Client, results: Results, group_id: str) -> Records:
         reason = str(error)
     with results.lock:
         group = [each for each in results.records.values() if each.group_id == group_id]
+        if not group:  # all were saved anew
+            return group
         for record in group:
             if record.outcome == PENDING:
                 record.error = reason
@@ -620,7 +622,7 @@ def take(generation: Json, group: Records, results: Results) -> None:
                 record.generation_id = generation_id
             record.update(generation)
             return
-    is_elsewhere = custom_id in results.records  # in another group, or saved anew
+    is_elsewhere = custom_id in results.records  # with another group, or saved anew
     if is_elsewhere or generation["state"] not in FINAL:
         return
     if re.fullmatch(ID_PATTERN, generation_id):

@@ -189,7 +189,7 @@ class Client:
         self.base_url = base_url.strip("/ \r\n")
         self.timeout_seconds = timeout_seconds
         self.idle_sessions: list[Session] = []  # each serves one call at a time
-        # By earlier submissions. The same id twice would bring another question's answer.
+        # Of earlier submissions: an id given twice would bring another question's answer.
         self.given_ids: set[str | None] = set()
         self.paused_until = 0.0  # in monotonic() time
         if not re.fullmatch("[!#-&(-~]+", self.api_key):  # ASCII without quotes
