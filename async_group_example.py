@@ -142,7 +142,7 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing, and is made again after any of them; LockedOut means: not now. A 2xx
+    A poll costs nothing, and can be made again after any of them; after LockedOut, later. A 2xx
     is odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
@@ -357,7 +357,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # Without a new one, the answer of before a --retry stays.
+            # Without a new answer, that of an earlier try stays.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -486,7 +486,7 @@ class Results:
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
 MAX_GROUP_SIZE = 50
-MAX_IN_VAIN = 5  # groups in a row: see submit_all
+MAX_IN_VAIN = 5  # groups in a row that are not accepted: see submit_all
 OnGroup = Callable[[Records], object] | None
 STATE_AFTER = {
     Refused: FAILED,
@@ -507,6 +507,7 @@ def submit_all(
     that is Unknown, as all of it may be paid for, or after five in a row that were not accepted.
     """
     stop = stop or Event()
+    # Those of earlier runs, too; None, where there is no id yet, does no harm
     client.given_ids.update(each.group_id for each in list(results.records.values()))
     in_vain = 0
     while results.with_outcome(NOT_SENT):
@@ -542,7 +543,7 @@ def submit(client: Client, results: Results) -> Records:
     try:
         group_id = client.submit_group([record.request for record in group])
         with results.lock:  # so that no other thread polls it before it is saved
-            # If the save fails, the file says Unknown, but in memory it is Pending.
+            # Set first: if the save fails, the id is still in memory, and can be polled.
             for record in group:
                 record.group_id = group_id
             results.save(group, state=QUEUED, error=None)

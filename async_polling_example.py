@@ -143,7 +143,7 @@ class ApiError(Exception):
         other 3xx and 4xx, but for 408        Refused        Refused
         no reply, 1xx, 408, 5xx, odd 2xx      Uncertain      Uncertain
 
-    A poll costs nothing, and is made again after any of them; LockedOut means: not now. A 2xx
+    A poll costs nothing, and can be made again after any of them; after LockedOut, later. A 2xx
     is odd if it is no JSON object, or lacks what the endpoint promises.
     """
 
@@ -351,7 +351,7 @@ class Record:
             reason = find(generation, str, "stateMessage") or "no reason given"
             self.error = f"the API says {state}: {reason:.500}"
         if state in FINAL:
-            # Without a new one, the answer of before a --retry stays.
+            # Without a new answer, that of an earlier try stays.
             self.response = response or self.response
             with suppress(ValueError):  # a time is missing, or odd
                 dispatched_at = parse_time(generation.get("dispatchedAt"))
@@ -479,7 +479,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # batches in a row: see submit_all
+MAX_IN_VAIN = 5  # batches in a row without success: see submit_all
 OnRecord = Callable[[Record], object] | None
 STATE_AFTER = {
     Refused: FAILED,
@@ -497,11 +497,12 @@ def submit_all(
     Requests are sent in batches, one for each worker thread; the next batch follows when all
     have ended. on_record gets each record after its submission, in the caller's thread. Once
     stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
-    stays Not sent (after an error, some may miss on_record). ApiError is raised after five
-    batches in a row in which nothing was accepted or refused; a batch with several Unknown
-    requests counts once for each.
+    stays Not sent (after an error, some may miss on_record). ApiError is raised when in five
+    batches in a row nothing was accepted or refused; there, each Unknown request counts as a
+    batch.
     """
     stop = stop or Event()
+    # Those of earlier runs, too; None, where there is no id yet, does no harm
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
@@ -540,7 +541,7 @@ def submit(client: Client, results: Results, record: Record) -> Record | None:
     try:
         generation_id = client.submit_generation(record.request)
         with results.lock:  # so that no other thread polls it before it is saved
-            # If the save fails, the file says Unknown, but in memory it is Pending.
+            # Set first: if the save fails, the id is still in memory, and can be polled.
             record.generation_id = generation_id
             results.save([record], state=QUEUED, error=None)
     except ApiError as error:
@@ -560,11 +561,12 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each generation once, in batches as above. Rounds begin interval_seconds
-    apart, or later if one takes longer. A poll that fails leaves its reason in record.error,
-    and is made again in the next round. on_record gets each record after each poll, final or
-    not, in the caller's thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the
-    batch under way ends and the rest stays Pending (after an error, some may miss on_record).
+    A round polls each generation once, in batches, one for each worker thread. Rounds begin
+    interval_seconds apart, or later if one takes longer. A poll that fails leaves its reason in
+    record.error, and is made again in the next round. on_record gets each record after each
+    poll, final or not, in the caller's thread. Once stop is set, or LockedOut or sqlite3.Error
+    is raised, the batch under way ends and the rest stays Pending (after an error, some may
+    miss on_record).
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -594,12 +596,14 @@ def poll(client: Client, results: Results, record: Record) -> Record:
     except LockedOut:
         raise
     except ApiError as error:
-        if record.outcome == PENDING:
+        if record.outcome == PENDING:  # no other thread has its answer
             record.error = str(error)
         return record
     with results.lock:
         record.update(generation)
-        is_current = results.records[record.custom_id] is record  # and not a new one
+        is_current = (
+            results.records[record.custom_id] is record
+        )  # none was saved in its place
         if is_current and record.state in FINAL:
             results.save([record])
     return record
