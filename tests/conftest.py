@@ -82,7 +82,7 @@ class Example:
         self.may_be_made = 1  # how often a custom id may be made: after --retry, more often
         shutil.copy(TOP / script, folder / script)
         self.edit(NUM_REQUESTS=4, POLL_INTERVAL_SECONDS=0.05, MAX_POLL_ATTEMPTS=40)
-        self.edit(REQUEST_TIMEOUT_SECONDS=1)
+        self.edit(REQUEST_TIMEOUT_SECONDS=9)
 
     def edit(self, **constants: Any) -> None:
         """Edit constants as a user does: the line at the top of the script."""

@@ -59,8 +59,6 @@ class Stop(threading.Event):
         return super().wait(timeout)
 
 
-# Whole programs
-
 PROGRAM = """
 from MODULE import Client, Results, new_record, poll_all, submit_all
 
@@ -164,8 +162,6 @@ def test_a_record_can_have_any_request(parts: Any, api: LocalApi) -> None:
     assert [each.request for each in api.generations.values()] == [request]
 
 
-# Stopping from another thread
-
 # What stop ends: the fault that makes a job wait, and whether it meets polls
 WAITS = {
     "a backoff": (status(429), False),
@@ -218,6 +214,26 @@ def test_four_threads_submit_the_same_results_once(parts: Any, api: LocalApi) ->
     assert outcomes(results) == {"Pending": 40}
     assert sorted(seen) == sorted(results.records)  # each by the thread that has sent it
     assert (len(api.generations), api.made_again()) == (40, 0)
+
+
+def test_no_thread_comes_between_a_look_and_its_save(parts: Any, api: LocalApi) -> None:
+    results = results_of(parts, "Why?")
+
+    def watch(records: Any, **changes: Any) -> None:
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(results.lock.acquire, blocking=False).result(), changes
+        save(records, **changes)
+
+    save, results.save = results.save, watch
+    parts.submit_all(parts.Client(), results)
+    assert outcomes(results) == {"Pending": 1}
+
+
+def test_what_another_thread_has_taken_is_left_to_it(parts: Any, api: LocalApi) -> None:
+    client, results, stop = parts.Client(), results_of(parts, "Why?"), Stop()
+    stop.wait = lambda _: bool(parts.submit_all(client, results))  # type: ignore[assignment]
+    parts.submit_all(client, results, **callback(parts, pytest.fail), stop=stop)
+    assert (len(api.generations), api.made_again()) == (1, 0)
 
 
 def test_an_error_of_on_record_loses_no_id(parts: Any, api: LocalApi, tmp_path: Path) -> None:
@@ -380,20 +396,19 @@ def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
     assert asked == ["one", "two"]
 
 
-# How many workers there are, which submissions are uncertain, how many of 12 become Unknown;
-# of groups, one is enough
+# How many workers there are, which submissions are uncertain, how many of 12 become Unknown
 IN_VAIN = [(1, [True], 5), (1, [True, False], 6), (5, [True], 5)]
 
 
 @pytest.mark.parametrize(("workers", "fails", "unknown"), IN_VAIN)
 def test_five_in_a_row_end_it(
-    parts: Any, api: LocalApi, workers: int, fails: list[bool], unknown: int
+    api: LocalApi, workers: int, fails: list[bool], unknown: int
 ) -> None:
-    parts.MAX_GROUP_SIZE, parts.MAX_CONCURRENT_POLLS = 1, workers
+    parts = load(SINGLE, MAX_CONCURRENT_POLLS=workers)
     parts.random = SimpleNamespace(uniform=lambda low, high: low)
     results = results_of(parts, *["Why?"] * 12)
     is_failing = cycle(fails)
     api.choose_fault = lambda *_: status(500) if next(is_failing) else None
     with suppress(parts.ApiError):
         parts.submit_all(parts.Client(), results)
-    assert outcomes(results)["Unknown"] == (1 if is_group(parts) else unknown)
+    assert outcomes(results)["Unknown"] == unknown

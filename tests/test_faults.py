@@ -183,6 +183,7 @@ def test_a_submission_that_is_turned_away_is_sent_again(example: Example) -> Non
     names = list(TURNED_AWAY)[: 3 if example.is_group else None]
     table = {name: TURNED_AWAY[name] for name in names}
     name_requests(example, table)
+    example.edit(MAX_IN_VAIN=2)  # what is accepted sets the count back
     met = meet(example.api, table, polls=False, times=1)
     run = example.run()
     check(run, table, by_name(example, run))
@@ -364,14 +365,6 @@ def test_nothing_in_the_list_of_a_group_is_lost_or_mixed_up(group: Example) -> N
         assert row["answer"]
 
 
-def test_an_error_of_an_earlier_poll_is_forgotten(group: Example) -> None:
-    group.edit(MAX_POLL_ATTEMPTS=2)
-    group.api.choose_fault = faulty(status(503), polls=True, times=1)
-    group.api.alter_list = lambda shown: []
-    run = group.run()
-    assert {row["error"] for row in run.answers} == {None}
-
-
 def test_a_group_size_that_is_not_what_was_sent_is_said(group: Example) -> None:
     group.edit(MAX_POLL_ATTEMPTS=1)
     half = body(b'{"groupId": "a-group", "groupSize": 2}')
@@ -394,7 +387,7 @@ ENDS: dict[str, tuple[Fault, bool, str, str]] = {
     "429, 86400": (status(429, Retry_After="86400"), False, "Not sent", DAY),
     "429, 2100": (status(429, Retry_After=FUTURE), False, "Not sent", r"\d{4} seconds"),
     "503, 600": (status(503, Retry_After="600"), False, "Not sent, Unknown", TEN_MINUTES),
-    "500": (status(500), False, "Not sent, Unknown", "HTTP 500"),  # two in a row
+    "500": (status(500), False, "Not sent, Unknown", "HTTP 500"),
     "one id for all": (each_is("same"), False, "Not sent, Pending, Unknown", "same"),
     "polls: 401": (status(401), True, "Pending", "INFERENCE_API_KEY"),
     "polls: 429, 600": (status(429, Retry_After="600"), True, "Pending", TEN_MINUTES),
@@ -404,12 +397,10 @@ ENDS: dict[str, tuple[Fault, bool, str, str]] = {
 @pytest.mark.parametrize("name", ENDS)
 def test_what_concerns_all_requests_ends_the_run(example: Example, name: str) -> None:
     fault, polls, outcomes, words = ENDS[name]
-    least = 1
     example.edit(NUM_REQUESTS=20, MAX_IN_VAIN=2, MAX_POLL_ATTEMPTS=3)
     example.group_by(1)
     if not example.is_group:
         example.edit(MAX_CONCURRENT_POLLS=1)
-        least = 2 if name == "500" else 1
     elif name == "503, 600":  # what is Unknown ends it before the pause does
         words = "HTTP 503"
     example.api.delay_seconds = 0.02
@@ -419,7 +410,7 @@ def test_what_concerns_all_requests_ends_the_run(example: Example, name: str) ->
     assert re.search(words, " ".join(run.stdout.split()))
     assert f'--resume "{run.path.relative_to(run.folder)}"' in run.stdout
     assert run.code == 1
-    assert least <= calls(example.api, "GET" if polls else "POST") < 10
+    assert 1 <= calls(example.api, "GET" if polls else "POST") < 10
 
 
 NETWORKS = {
