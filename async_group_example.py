@@ -205,8 +205,8 @@ class Client:
     def submit_group(self, requests: list[Json]) -> str:
         """POST /v1/async/group/chat/completions: submit up to 50 requests, return the group id."""
         reply = self.call("POST", "/async/group/chat/completions", {"requests": requests})
-        size = reply.get("groupSize", len(requests))
-        if size != len(requests):
+        size = find(reply, int, "groupSize")
+        if size not in (None, len(requests)):
             logging.warning("the API says that a group of %s has %s", len(requests), size)
         group_id = find(reply, str, "groupId") or ""
         if group_id in self.given_ids or not re.fullmatch(ID_PATTERN, group_id):
@@ -507,7 +507,7 @@ def submit_all(
     that is Unknown, as all of it may be paid for, or after five in a row that were not accepted.
     """
     stop = stop or Event()
-    # Those of earlier runs, too; None, where there is no id yet, does no harm
+    # Ids of earlier runs count, too. None, of those without an id, does no harm.
     client.given_ids.update(each.group_id for each in list(results.records.values()))
     in_vain = 0
     while results.with_outcome(NOT_SENT):

@@ -494,15 +494,15 @@ def submit_all(
 ) -> None:
     """Submit all that is Not sent, until none is left.
 
-    Requests are sent in batches, one for each worker thread; the next batch follows when all
-    have ended. on_record gets each record after its submission, in the caller's thread. Once
-    stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends and the rest
-    stays Not sent (after an error, some may miss on_record). ApiError is raised when in five
-    batches in a row nothing was accepted or refused; there, each Unknown request counts as a
-    batch.
+    Requests are sent in batches, with a request for each worker thread; the next batch follows
+    when all have ended. on_record gets each record after its submission, in the caller's
+    thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
+    and the rest stays Not sent (after an error, some may miss on_record). ApiError is raised
+    when in five batches in a row nothing was accepted or refused; there, each Unknown request
+    counts as a batch.
     """
     stop = stop or Event()
-    # Those of earlier runs, too; None, where there is no id yet, does no harm
+    # Ids of earlier runs count, too. None, of those without an id, does no harm.
     client.given_ids.update(each.generation_id for each in list(results.records.values()))
     in_vain = 0
     unsent = results.with_outcome(NOT_SENT)
@@ -561,12 +561,12 @@ def poll_all(
 ) -> None:
     """Poll all that is Pending, until all is final or max_attempts rounds are over.
 
-    A round polls each generation once, in batches, one for each worker thread. Rounds begin
-    interval_seconds apart, or later if one takes longer. A poll that fails leaves its reason in
-    record.error, and is made again in the next round. on_record gets each record after each
-    poll, final or not, in the caller's thread. Once stop is set, or LockedOut or sqlite3.Error
-    is raised, the batch under way ends and the rest stays Pending (after an error, some may
-    miss on_record).
+    A round polls each generation once, in batches, with one for each worker thread. Rounds
+    begin interval_seconds apart, or later if one takes longer. A poll that fails leaves its
+    reason in record.error, and is made again in the next round. on_record gets each record
+    after each poll, final or not, in the caller's thread. Once stop is set, or LockedOut or
+    sqlite3.Error is raised, the batch under way ends and the rest stays Pending (after an
+    error, some may miss on_record).
     """
     stop = stop or Event()
     next_round_at = monotonic()
@@ -601,9 +601,7 @@ def poll(client: Client, results: Results, record: Record) -> Record:
         return record
     with results.lock:
         record.update(generation)
-        is_current = (
-            results.records[record.custom_id] is record
-        )  # none was saved in its place
+        is_current = results.records[record.custom_id] is record  # and was not replaced
         if is_current and record.state in FINAL:
             results.save([record])
     return record
