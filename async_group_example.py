@@ -542,7 +542,7 @@ def submit(client: Client, results: Results) -> Records:
         results.save(group, state=UNKNOWN, error="perhaps sent: no reply was saved")
     try:
         group_id = client.submit_group([record.request for record in group])
-        with results.lock:  # so that no other thread polls it before it is saved
+        with results.lock:  # so that no other thread saves its answer first
             # Set first: if the save fails, the id is still in memory, and can be polled.
             for record in group:
                 record.group_id = group_id

@@ -479,7 +479,7 @@ class Results:
 #     for record in results.records.values():
 #         print(record.custom_id, record.outcome, record.answer or record.error)
 
-MAX_IN_VAIN = 5  # batches in a row without success: see submit_all
+MAX_IN_VAIN = 5  # futile batches in a row: see submit_all
 OnRecord = Callable[[Record], object] | None
 STATE_AFTER = {
     Refused: FAILED,
@@ -498,8 +498,8 @@ def submit_all(
     when all have ended. on_record gets each record after its submission, in the caller's
     thread. Once stop is set, or LockedOut or sqlite3.Error is raised, the batch under way ends
     and the rest stays Not sent (after an error, some may miss on_record). ApiError is raised
-    when in five batches in a row nothing was accepted or refused; there, each Unknown request
-    counts as a batch.
+    when in five batches in a row nothing was accepted or refused; in such a batch, each Unknown
+    request counts as one.
     """
     stop = stop or Event()
     # Ids of earlier runs count, too. None, of those without an id, does no harm.
@@ -540,7 +540,7 @@ def submit(client: Client, results: Results, record: Record) -> Record | None:
         results.save([record], state=UNKNOWN, error="perhaps sent: no reply was saved")
     try:
         generation_id = client.submit_generation(record.request)
-        with results.lock:  # so that no other thread polls it before it is saved
+        with results.lock:  # so that no other thread saves its answer first
             # Set first: if the save fails, the id is still in memory, and can be polled.
             record.generation_id = generation_id
             results.save([record], state=QUEUED, error=None)
