@@ -410,23 +410,22 @@ class Results:
         self.path = Path(path)
         self.records: dict[str, Record] = {}
         self.lock = RLock()
-        connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+        self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         query = f"SELECT 1 FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
-        if connection.execute(query).fetchone():
+        if self.connection.execute(query).fetchone():
             raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
-        connection.executescript(f"""
+        self.connection.executescript(f"""
             PRAGMA journal_mode = WAL;
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        for [text] in connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
             record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
             self.records[record.custom_id] = record
-        self.connection = connection
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -596,18 +595,16 @@ def poll(client: Client, results: Results, group_id: str) -> Records:
         reason = str(error)
     with results.lock:
         group = [each for each in results.records.values() if each.group_id == group_id]
-        if not group:  # all were saved anew
-            return group
         for record in group:
             if record.outcome == PENDING:
                 record.error = reason
         for generation in generations:
-            take(generation, group, results)
+            take(generation, group_id, group, results)
         results.save(group)
     return group
 
 
-def take(generation: Json, group: Records, results: Results) -> None:
+def take(generation: Json, group_id: str, group: Records, results: Results) -> None:
     """Update the record that a generation of a group belongs to.
 
     Its custom id decides; where that is missing, its own id, if it is known. A final
@@ -627,7 +624,7 @@ def take(generation: Json, group: Records, results: Results) -> None:
     if is_elsewhere or generation["state"] not in FINAL:
         return
     if re.fullmatch(ID_PATTERN, generation_id):
-        record = Record(generation_id, "", {}, group[0].group_id, generation_id)
+        record = Record(generation_id, "", {}, group_id, generation_id)
         record.update(generation)
         results.add([record])
 
@@ -886,7 +883,7 @@ def new_results() -> Results:
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
         step = "load_questions or build_request"
         results.add(records)
-    except (OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 

@@ -404,23 +404,22 @@ class Results:
         self.path = Path(path)
         self.records: dict[str, Record] = {}
         self.lock = RLock()
-        connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+        self.connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
         # One process at a time can have the file open.
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         query = f"SELECT 1 FROM sqlite_master WHERE tbl_name <> '{TABLE}'"
-        if connection.execute(query).fetchone():
+        if self.connection.execute(query).fetchone():
             raise sqlite3.DatabaseError("it is a file of another script or version")
         # FULL: after a power cut, too, the file must know what may have been sent.
-        connection.executescript(f"""
+        self.connection.executescript(f"""
             PRAGMA journal_mode = WAL;
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS {TABLE} (custom_id TEXT PRIMARY KEY, record TEXT);
         """)
-        for [text] in connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
+        for [text] in self.connection.execute(f"SELECT record FROM {TABLE} ORDER BY rowid"):
             record = Record("", "", {})
             vars(record).update(json.loads(text))  # attributes of your own come back, too
             self.records[record.custom_id] = record
-        self.connection = connection
 
     def add(self, records: Iterable[Record]) -> None:
         """Save the records whose custom ids are new. What is on file stays as it is.
@@ -518,6 +517,7 @@ def submit_all(
                 if not record:  # another thread has taken it
                     continue
                 states[record.state] += 1
+                reason = record.error
                 if on_record:
                     on_record(record)
             if states.keys() - {NOT_SENT, UNKNOWN}:  # some were accepted or refused
@@ -525,7 +525,7 @@ def submit_all(
             elif states:
                 in_vain += max(1, states[UNKNOWN])  # as each of these may cost money
             if in_vain >= MAX_IN_VAIN:
-                raise ApiError(batch[-1].error)
+                raise ApiError(reason)
             # At the end of the list, start again with those that were not accepted.
             unsent = unsent[MAX_CONCURRENT_POLLS:] or results.with_outcome(NOT_SENT)
 
@@ -870,7 +870,7 @@ def new_results() -> Results:
         results = Results(folder / f"{PREFIX}-{started_at:%Y%m%d-%H%M%S-%f}.db")
         step = "load_questions or build_request"
         results.add(records)
-    except (OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         raise ValueError(f"{step}: {error}") from error
     return results
 

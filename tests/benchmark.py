@@ -7,10 +7,9 @@
     uv run tests/benchmark.py           every workload, some minutes
     uv run tests/benchmark.py --short   counts only, on small workloads: what CI runs
 
-It runs on Linux. The scripts run unchanged but for the constants at their top. They and the
-local API are processes with a processor core each: threads that move between cores make the
-figures vary twofold. No client can do better than what is called a floor. The exit code is 1
-if a figure is not reached.
+It runs on Linux. Of the scripts only constants are changed. They and the local API have a
+processor core each: threads that move between cores make the figures vary twofold. No client
+can do better than what is called a floor. The exit code is 1 if a figure is not reached.
 """
 
 import json

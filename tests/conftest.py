@@ -116,7 +116,6 @@ class Example:
             [sys.executable, self.script, *arguments],
             cwd=self.folder,
             env={name: value for name, value in environment.items() if value is not None},
-            text=True,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,

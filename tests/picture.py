@@ -69,10 +69,7 @@ def run_in_terminal() -> list[str]:
         raise RuntimeError(output.decode(errors="replace"))
     screen = pyte.Screen(COLUMNS, ROWS)
     pyte.ByteStream(screen).feed(output)
-    lines = [line.rstrip() for line in screen.display]
-    if not lines[-1]:  # the cursor's line
-        lines.pop()
-    return lines
+    return [line.rstrip() for line in "\n".join(screen.display).rstrip().split("\n")]
 
 
 def draw(lines: list[str]) -> str:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from sqlite3 import Error
-from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -111,13 +110,15 @@ def test_requests_that_come_one_by_one(parts: Any, api: LocalApi) -> None:
 
 def test_two_accounts_have_a_key_and_a_pause_each(parts: Any, api: LocalApi) -> None:
     client = parts.Client()
-    client.paused_until = monotonic() + 60  # as a Retry-After makes it
+    api.choose_fault = lambda *_: status(429, Retry_After="60")
+    with pytest.raises(parts.NotAccepted):
+        client.call("POST", "/any", {})
     with LocalApi() as other:
         other_client = parts.Client("key-of-two", other.url)
         with pytest.raises(parts.LockedOut, match="this key is not valid"):
             parts.submit_all(other_client, results_of(parts, "Why?"))
         assert other.headers_seen[0]["Authorization"] == "Bearer key-of-two"
-    assert not api.calls
+    assert client.pause_seconds() > other_client.pause_seconds() == 0
 
 
 @pytest.mark.parametrize("is_poll", [False, True], ids=["submissions", "polls"])
@@ -239,9 +240,7 @@ def test_what_another_thread_has_taken_is_left_to_it(parts: Any, api: LocalApi) 
 def test_an_error_of_on_record_loses_no_id(parts: Any, api: LocalApi, tmp_path: Path) -> None:
     results = results_of(parts, *["Why?"] * 9, path=tmp_path / "my.db")
     gate = Gate("POST")
-    api.choose_fault = lambda request, body: (
-        None if "q0" in custom_ids(body) else gate(request, body)
-    )
+    api.choose_fault = lambda *call: None if "q0" in custom_ids(call[1]) else gate(*call)
 
     def fail(records: list[Any]) -> None:
         gate.opened.set()
@@ -286,6 +285,8 @@ def test_add_leaves_what_is_known_as_it_is(parts: Any, tmp_path: Path) -> None:
     results = results_of(parts, "Why?", path=tmp_path / "my.db")
     parts.submit_all(parts.Client(), results)
     parts.poll_all(parts.Client(), results)
+    results.records["q0"].passed = True  # an attribute of one's own
+    results.save(results.records.values())
     before = vars(results.records["q0"]).copy()
     results.add([parts.new_record("q0", "Another?"), parts.new_record("q1", "New?")])
     assert results.connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
@@ -293,6 +294,16 @@ def test_add_leaves_what_is_known_as_it_is(parts: Any, tmp_path: Path) -> None:
     kept = parts.Results(tmp_path / "my.db")
     assert vars(kept.records["q0"]) == before
     assert kept.records["q1"].question == "New?"
+
+
+def test_the_reason_for_giving_up_is_that_of_what_was_sent(api: LocalApi) -> None:
+    parts = load(SINGLE, MAX_IN_VAIN=1)
+    results, stop = results_of(parts, "Why?", "How?"), Stop()
+    other = [results.records["q1"]]  # another thread has it
+    stop.wait = lambda _: results.save(other, state="Queued")  # type: ignore[assignment]
+    api.choose_fault = lambda *_: status(500, "a reason")
+    with pytest.raises(parts.ApiError, match="a reason"):
+        parts.submit_all(parts.Client(), results, stop=stop)
 
 
 @pytest.mark.parametrize("is_poll", [False, True], ids=["submissions", "polls"])
@@ -308,6 +319,17 @@ def test_what_is_saved_anew_stays(parts: Any, api: LocalApi, is_poll: bool) -> N
     assert results.records["q9"] is again
     assert again.outcome == ("Not sent" if is_poll else "Pending")
     assert (len(api.generations), api.made_again()) == (10, 0)
+
+
+def test_what_is_saved_anew_during_its_poll_stays(parts: Any, api: LocalApi) -> None:
+    client, results = parts.Client(), results_of(parts, "Why?")
+    parts.submit_all(client, results)
+    again = parts.new_record("q0", "What is 2 + 2?")
+    api.choose_fault = lambda *_: results.save([again])
+    api.alter_list = lambda shown: [*shown, {"id": "nobody-s", "state": "Failed"}]
+    parts.poll_all(client, results, **callback(parts, lambda records: records[0]))
+    assert results.records["q0"] is again
+    assert again.outcome == "Not sent"
 
 
 def test_without_threads_nothing_is_sent_and_nothing_unknown(api: LocalApi) -> None:
@@ -383,17 +405,15 @@ def test_new_record_refuses_what_cannot_be_sent(parts: Any, what: str) -> None:
 
 
 def test_a_template_that_build_request_changes_is_copied(parts: Any) -> None:
-    template: Json = {"messages": [{"role": "user"}], "metadata": {}}
+    template: Json = {"metadata": {}}
 
     def build_request(custom_id: str, question: str) -> Json:
-        template["messages"][0]["content"] = question
         template["metadata"]["custom_id"] = custom_id
         return template
 
     parts.build_request = build_request
-    records = [parts.new_record(text, text) for text in ("one", "two")]
-    asked = [record.request["messages"][0]["content"] for record in records]
-    assert asked == ["one", "two"]
+    records = [parts.new_record(custom_id, "Why?") for custom_id in ("one", "two")]
+    assert [each.request["metadata"]["custom_id"] for each in records] == ["one", "two"]
 
 
 # How many workers there are, which submissions are uncertain, how many of 12 become Unknown
@@ -401,9 +421,7 @@ IN_VAIN = [(1, [True], 5), (1, [True, False], 6), (5, [True], 5)]
 
 
 @pytest.mark.parametrize(("workers", "fails", "unknown"), IN_VAIN)
-def test_five_in_a_row_end_it(
-    api: LocalApi, workers: int, fails: list[bool], unknown: int
-) -> None:
+def test_five_in_a_row_end_it(api: LocalApi, workers: int, fails: Any, unknown: int) -> None:
     parts = load(SINGLE, MAX_CONCURRENT_POLLS=workers)
     parts.random = SimpleNamespace(uniform=lambda low, high: low)
     results = results_of(parts, *["Why?"] * 12)

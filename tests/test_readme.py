@@ -37,15 +37,10 @@ def commands() -> list[str]:
 
 def run_command(command: str, folder: Path, shell: bool = False) -> str:
     """Run a command to its good end; return what it has printed."""
-    done = subprocess.run(
-        command if shell else shlex.split(command),
-        cwd=folder,
-        shell=shell,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=HANG_SECONDS,
-        check=False,
-    )
+    arguments = command if shell else shlex.split(command)
+    options: Any = {"cwd": folder, "shell": shell, "timeout": HANG_SECONDS}
+    options |= {"capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run(arguments, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

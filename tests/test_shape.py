@@ -22,7 +22,6 @@ DIFFERENT = """
 """
 SOURCES = {script: (TOP / script).read_text("utf-8") for script in SCRIPTS}
 TREES = {script: ast.parse(source) for script, source in SOURCES.items()}
-IMPORTS = (ast.Import, ast.ImportFrom)
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -67,7 +66,11 @@ def test_a_script_is_for_uv_run_and_needs_one_package(script: str) -> None:
         "#!/usr/bin/env -S uv run --script\n# /// script\n"
         '# requires-python = ">=3.10"\n# dependencies = ["requests"]\n# ///\n"""'
     )
-    imports = [node for node in ast.walk(TREES[script]) if isinstance(node, IMPORTS)]
+    imports = [
+        node
+        for node in ast.walk(TREES[script])
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     modules = {re.split(r"[ .]", ast.unparse(node))[1] for node in imports}
     assert modules - sys.stdlib_module_names == {"requests", "urllib3"}
 
